@@ -1,0 +1,1 @@
+"""Everything that touches onnxruntime: sessions, evaluation, latency, profiles."""
