@@ -102,7 +102,7 @@ def open_session(
     wanted = [name] if provider == "cpu" else [name, "CPUExecutionProvider"]
     with _as_argument(model) as argument:
         try:
-            session = ort.InferenceSession(argument, options, providers=wanted)
+            session = ort.InferenceSession(argument, options, providers=wanted, enable_fallback=0)
         except runtime_errors() as error:
             raise InputError(f"onnxruntime cannot load the model: {first_line(error)}") from error
     if name not in session.get_providers():
