@@ -1,0 +1,164 @@
+"""Run the float model on samples and sketch the values a plan needs."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+
+from edgewise.calibration.sketch import Accumulator, Sketch
+from edgewise.calibration.table import CalibrationTable
+from edgewise.passes.fingerprint import fingerprint
+from edgewise.passes.graph import static_shape
+from edgewise.runtime.errors import InputError
+from edgewise.runtime.evaluate import Evaluator, Feed
+from edgewise.runtime.machine import usable_cores
+
+_MOST_WORKERS = 8  # beyond that they wait for Python's lock
+
+
+def collect(
+    model: ir.Model,
+    samples: Iterable[Feed],
+    values: Sequence[str],
+    *,
+    threads: int | None = None,
+    memory: int = 1 << 30,
+    progress: Callable[[int], None] | None = None,
+) -> CalibrationTable:
+    """Sketch the named `values` of `model` over all `samples`, which are read once, one at a time.
+
+    `values` are inputs of the model or outputs of nodes of its main graph; those that hold no floats are
+    left out of the table. `threads` (default: one a core) work on different samples as far as the values
+    of those fit in `memory` bytes, by their shapes; where those of one sample do not, the model is run
+    once for each group of values that does. `progress` hears the number of samples done, one call at a
+    time but from any thread. Raises `InputError` on a value the model does not compute, on a sample that
+    does not fit, and where there are no samples.
+    """
+    stream = iter(samples)
+    first = next(stream, None)
+    if first is None:
+        raise InputError("no samples to calibrate with")
+    names = list(dict.fromkeys(values))
+    fed = [name for name in names if name in first]
+    workers, evaluators = _evaluators(model, [n for n in names if n not in first], first, threads, memory)
+    queue = _Queue(chain([first], stream), progress)
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(_sketch, queue, fed, evaluators) for _ in range(workers)]
+        try:
+            parts = [future.result() for future in futures]
+        finally:  # an interrupt must not wait for all samples
+            queue.close()
+    found = [name for name in names if any(name in part for part in parts)]
+    sketches = {name: reduce(Sketch.merge, (p[name] for p in parts if name in p)) for name in found}
+    return CalibrationTable(fingerprint(model), queue.done, sketches)
+
+
+def _evaluators(
+    model: ir.Model, names: Sequence[str], feed: Feed, threads: int | None, memory: int
+) -> tuple[int, list[Evaluator]]:
+    """How many workers there is memory for, and the models they run on every sample."""
+    sizes = _sizes(model, names, feed)
+    threads = threads or len(usable_cores())
+    workers = max(1, min(threads, _MOST_WORKERS, memory // max(sum(sizes.values()), 1)))
+    groups = _groups(names, sizes, memory)
+    return workers, [
+        Evaluator(_tapped(model, group), outputs=group, threads=threads // workers) for group in groups
+    ]
+
+
+class _Queue:
+    """Hands samples to the workers, one at a time, until they are used up or one worker fails."""
+
+    def __init__(self, samples: Iterator[Feed], progress: Callable[[int], None] | None) -> None:
+        self._samples = samples
+        self._progress = progress
+        self._lock = threading.Lock()
+        self.done = 0
+
+    def __iter__(self) -> Iterator[Feed]:
+        while (feed := self._next()) is not None:
+            yield feed
+            with self._lock:
+                self.done += 1
+                if self._progress is not None:
+                    self._progress(self.done)
+
+    def _next(self) -> Feed | None:
+        with self._lock:
+            return next(self._samples, None)
+
+    def close(self) -> None:
+        """Let the workers find no more samples."""
+        with self._lock:
+            self._samples = iter(())
+
+
+def _sketch(queue: _Queue, fed: Sequence[str], evaluators: Sequence[Evaluator]) -> dict[str, Sketch]:
+    """One worker: the values of whatever samples it gets hold of, for sketches merge in any way."""
+    accumulators: dict[str, Accumulator] = {}
+    try:
+        for feed in queue:
+            for name, array in chain(((name, feed[name]) for name in fed), _outputs(evaluators, feed)):
+                if isinstance(array, np.ndarray) and array.dtype.kind == "f":
+                    accumulators.setdefault(name, Accumulator()).add(array)
+    finally:  # a failure stops the others
+        queue.close()
+    return {name: accumulator.sketch() for name, accumulator in accumulators.items()}
+
+
+def _outputs(evaluators: Sequence[Evaluator], feed: Feed) -> Iterator[tuple[str, Any]]:
+    """Every value of one sample; those of one evaluator are in memory together."""
+    for evaluator in evaluators:
+        yield from evaluator.run(feed).items()
+
+
+def _tapped(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """What of the model computes these values, with nothing else as output, so that the rest stays fused."""
+    part = model.clone()
+    produced = {v.name: v for node in part.graph for v in node.outputs}
+    if unknown := [name for name in names if name not in produced]:
+        raise InputError(f"the model's main graph computes no value named {unknown[0]!r}")
+    part.graph.outputs[:] = [produced[name] for name in names]
+    RemoveUnusedNodesPass()(part)
+    return part
+
+
+def _groups(names: Sequence[str], sizes: Mapping[str, int], memory: int) -> list[list[str]]:
+    """The names in order, cut where the next value would pass the bound. A value alone may pass it."""
+    groups: list[list[str]] = []
+    room = 0
+    for name in names:
+        if not groups or sizes[name] > room:
+            groups.append([])
+            room = memory
+        groups[-1].append(name)
+        room -= sizes[name]
+    return groups
+
+
+def _sizes(model: ir.Model, names: Sequence[str], feed: Feed) -> dict[str, int]:
+    """Bytes of each value for samples like `feed`; those of unknown shape count as the largest known one."""
+    shapes = _static_shapes(model, names)
+    if len(shapes) < len(names):
+        fixed = model.clone()
+        for value in fixed.graph.inputs:
+            if (array := feed.get(value.name or "")) is not None:
+                value.shape = ir.Shape(array.shape)
+        shapes = _static_shapes(ShapeInferencePass()(fixed).model, names)
+    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+    return dict.fromkeys(names, max(sizes.values(), default=0)) | sizes
+
+
+def _static_shapes(model: ir.Model, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    wanted = set(names)
+    shapes = {v.name: static_shape(v) for node in model.graph for v in node.outputs if v.name in wanted}
+    return {name: shape for name, shape in shapes.items() if name is not None and shape is not None}
