@@ -56,7 +56,7 @@ class _Chunks(Protocol):
     def __getitem__(self, index: int, /) -> _Chunk: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples:
     """Samples of a model, by input name, with the leading axis the model takes.
 
@@ -255,8 +255,9 @@ class _Calls:
         feed, label = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
         if not isinstance(feed, Mapping):
             raise InputError(f"{where}: expected a dict of arrays, or a pair of it and a label")
-        arrays = {str(name): np.asarray(value) for name, value in feed.items()}
-        labels = None if label is None else np.atleast_1d(np.asarray(label))
+        with foreign_code(f"{where} holds what numpy makes no array of"):
+            arrays = {str(name): np.asarray(value) for name, value in feed.items()}
+            labels = None if label is None else np.atleast_1d(np.asarray(label))
         return _Chunk(_by_input(arrays, self._specs, where), labels, where)
 
 
@@ -345,7 +346,7 @@ def _count(chunk: _Chunk, specs: Sequence[TensorSpec]) -> int:
 
 def _batch(spec: TensorSpec) -> int:
     """Rows of one sample."""
-    return spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
+    return max(spec.shape[0], 1) if spec.shape and isinstance(spec.shape[0], int) else 1
 
 
 def _number(rows: Rows, spec: TensorSpec) -> int:
@@ -410,10 +411,9 @@ def _check_dtype(have: np.dtype[Any], spec: TensorSpec, where: str) -> None:
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether a float of any width; numpy knows bfloat16 and the like as raw bytes."""
-    if dtype.kind == "f":
-        return True
-    return dtype.kind == "V" and dtype.names is None and ir.DataType.from_numpy(dtype).is_floating_point()
+    """Whether a float of any width; the kind of bfloat16 and the like is that of raw bytes."""
+    named = dtype.kind == "V" and dtype.type is not np.void
+    return dtype.kind == "f" or (named and ir.DataType.from_numpy(dtype).is_floating_point())
 
 
 def _labels(chunk: _Chunk, specs: Sequence[TensorSpec], number: int) -> Array | None:

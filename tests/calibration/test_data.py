@@ -353,6 +353,9 @@ def one_row():
 def numbers():
     yield 3
 
+def ragged():
+    yield {"x": [[1], [2, 3]]}
+
 def nothing():
     yield from ()
 
@@ -398,6 +401,7 @@ def test_functions_may_yield_labels_and_stacks(module: str) -> None:
     ("function", "message"),
     [
         ("numbers", "item 0: expected a dict of arrays"),
+        ("ragged", "item 0 holds what numpy makes no array of"),
         ("nothing", "holds no samples"),
         ("none", "must yield dicts of arrays, not return NoneType"),
         ("constant", "has no function 'constant'"),
