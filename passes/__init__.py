@@ -1,0 +1,95 @@
+"""Graph passes: each maps a model to a model that computes the same, or nearly the same, for less."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import yaml
+
+from edgewise.passes.base import Pass
+from edgewise.passes.dedupe_initializers import DedupeInitializers
+from edgewise.passes.drop_dead_nodes import DropDeadNodes
+from edgewise.passes.drop_identity import DropIdentity
+from edgewise.passes.drop_no_ops import DropNoOps
+from edgewise.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
+from edgewise.passes.fold_constants import FoldConstants
+from edgewise.passes.fold_shapes import FoldShapes
+from edgewise.passes.freeze_inputs import FreezeInputs
+from edgewise.passes.fuse_affine import FuseAffine
+from edgewise.passes.fuse_batch_norm import FuseBatchNorm
+from edgewise.passes.fuse_matmul_add import FuseMatmulAdd
+from edgewise.passes.fuse_pad import FusePad
+from edgewise.passes.infer_shapes import InferShapes
+from edgewise.passes.inline_if import InlineIf
+from edgewise.passes.insert_qdq import InsertQdq
+from edgewise.passes.lift_constants import LiftConstants
+from edgewise.passes.merge_reshapes import MergeReshapes
+from edgewise.passes.merge_transposes import MergeTransposes
+from edgewise.passes.prune_channels import PruneChannels
+from edgewise.passes.upgrade_opset import UpgradeOpset
+
+_ALL: tuple[type[Pass], ...] = (
+    FreezeInputs,
+    LiftConstants,
+    UpgradeOpset,
+    DropDeadNodes,
+    InferShapes,
+    FoldShapes,
+    FoldConstants,
+    InlineIf,
+    DropIdentity,
+    DropNoOps,
+    MergeReshapes,
+    MergeTransposes,
+    EliminateCommonSubexpressions,
+    DedupeInitializers,
+    FusePad,
+    FuseBatchNorm,
+    FuseAffine,
+    FuseMatmulAdd,
+    PruneChannels,
+    InsertQdq,
+)
+
+PASSES: Mapping[str, type[Pass]] = MappingProxyType({kind.name: kind for kind in _ALL})
+"""Every pass by its name."""
+
+EXACT_CHAIN: tuple[str, ...] = (
+    "freeze-inputs",  # first, because what is overridable is no constant
+    "lift-constants",  # one form of constants for all that follows
+    "upgrade-opset",  # one form of every operator for all that follows
+    "drop-dead-nodes",  # nothing is inferred or folded that nobody reads
+    "infer-shapes",  # folding and removing channels need shapes
+    "fold-shapes",  # arithmetic on known dimensions becomes constants
+    "fold-constants",
+    "inline-if",  # once conditions are constants
+    "drop-identity",
+    "drop-no-ops",
+    "merge-reshapes",
+    "merge-transposes",
+    "eliminate-common-subexpressions",  # before fusions, which look at single users
+    "dedupe-initializers",
+    "fuse-pad",
+    "fuse-batch-norm",
+    "fuse-affine",
+    "fuse-matmul-add",  # after the affine fusion, which wants the bias where it is
+    "prune-channels",  # last, because folded norms show which channels are zero
+    "drop-dead-nodes",  # removed channels leave their old weights behind
+)
+"""The exact passes in the order in which a round runs them."""
+
+
+def parse(spec: str) -> Pass:
+    """The pass that `spec` names: `fuse-pad`, or with options `freeze-inputs{always: true}`.
+
+    Raises `ValueError` on an unknown name or option.
+    """
+    name, brace, options = spec.strip().partition("{")
+    if name not in PASSES:
+        raise ValueError(f"there is no pass {name!r}: edgewise passes lists them")
+    try:
+        values = yaml.safe_load(brace + options) if brace else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{spec!r}: options are written as {{name: value}}") from error
+    return PASSES[name].from_options(values)
