@@ -1,0 +1,56 @@
+"""Make an ONNX model smaller and faster on the machine it will run on, and prove that it still does its job.
+
+Importing this package costs next to nothing: what it offers is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgewise.optimizer.files import load, save
+    from edgewise.optimizer.inspection import inspect
+    from edgewise.optimizer.jobs import benchmark, calibrate, compare, prune, quantize
+    from edgewise.optimizer.optimization import optimize
+    from edgewise.optimizer.torch_export import export
+
+__all__ = [
+    "benchmark",
+    "calibrate",
+    "compare",
+    "export",
+    "inspect",
+    "load",
+    "optimize",
+    "prune",
+    "quantize",
+    "save",
+]
+
+# No module may be named like a function: importing it would put the module in the function's place.
+_HOMES = MappingProxyType(
+    {
+        "benchmark": "jobs",
+        "calibrate": "jobs",
+        "compare": "jobs",
+        "export": "torch_export",
+        "inspect": "inspection",
+        "load": "files",
+        "optimize": "optimization",
+        "prune": "jobs",
+        "quantize": "jobs",
+        "save": "files",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

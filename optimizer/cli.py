@@ -1,0 +1,448 @@
+"""The command line. Each command is one call of the Python interface, then its printing.
+
+Heavy modules are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgewise.runtime.errors import EdgewiseError
+
+if TYPE_CHECKING:
+    from edgewise.calibration.images import Preprocess
+    from edgewise.optimizer.console import Answer
+    from edgewise.optimizer.recipe import Recipe
+
+_INTERRUPTED = 130  # what a shell gives for a process that SIGINT ended
+
+app = typer.Typer(
+    name="edgewise",
+    add_completion=False,
+    rich_markup_mode=None,  # importing rich for the help alone takes as long as everything else
+    pretty_exceptions_enable=False,
+    help="Make an ONNX model smaller and faster on the machine it will run on, "
+    "and prove that it still does its job.",
+)
+
+
+def main() -> None:
+    """The entry point of the `edgewise` command."""
+    logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)  # what it finds wrong in a file, `load` tells
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files go
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and give its exit code: 0 done, 1 the job failed, 2 the user's input is wrong.
+
+    An expected failure is one line on stderr. A bug is raised, with its traceback.
+    """
+    try:
+        return app(list(arguments) or ["--help"], prog_name="edgewise", standalone_mode=False) or 0
+    except EdgewiseError as error:
+        return _fail(str(error), error.exit_code)
+    except typer.TyperException as error:
+        return _fail(f"{error.format_message()} (see edgewise --help)", error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        return _INTERRUPTED
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"edgewise: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from edgewise.optimizer.version import VERSION
+
+        typer.echo(f"edgewise {VERSION}")
+        raise typer.Exit
+
+
+def _check_folder(file: Path | None) -> Path | None:
+    """Find out before the job, not after it, that its result cannot be written."""
+    if (
+        file is not None
+        and str(file) != "-"
+        and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK))
+    ):
+        raise typer.BadParameter(f"{file} cannot be written")
+    return file
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="An .onnx file, or package.module:callable of a torch module.")
+]
+OnnxFile = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The .onnx file to write.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="Samples: an .npz, a folder of .npy, .npz or images, module:function, or random.",
+    ),
+]
+Preprocessing = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocess", metavar="OPTIONS", help="For images: resize=256,crop=224,scale=255,mean=..,std=.."
+    ),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input", metavar="NAME=SHAPE", help="Input of a torch module: x=1x3x224x224[:dtype]. Repeatable."
+    ),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE", help="A YAML file with the options of the job.")
+]
+MetricName = Annotated[
+    str | None,
+    typer.Option(
+        "--metric", metavar="NAME", help="top1, agreement, fidelity, or module:function(outputs, labels)."
+    ),
+]
+MaxDrop = Annotated[
+    float | None, typer.Option(metavar="X", help="How much the metric may fall; 0.01 of top1 is one point.")
+]
+Target = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Where it will run: cpu, cuda, tensorrt or openvino.")
+]
+Threads = Annotated[int | None, typer.Option(metavar="N", help="Threads to run with; all cores by default.")]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="Seed of everything that is drawn; 0 by default.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+NoBenchmark = Annotated[bool, typer.Option("--no-benchmark", help="Do not measure the latency.")]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        callback=_check_folder,
+        help="Write the result as JSON as well; with - to stdout, and no table.",
+    ),
+]
+
+
+def _recipe(
+    path: Path | None, *, preprocess: str | None = None, benchmark: bool = True, **options: Any
+) -> Recipe:
+    """The recipe of the file, or the default one, with the options of the command line over it."""
+    from edgewise.optimizer.recipe import Recipe, load_recipe
+
+    recipe = load_recipe(path) if path else Recipe()
+    recipe = recipe.with_options(preprocess=_preprocess(preprocess), **options)
+    return recipe if benchmark else recipe.model_copy(update={"benchmark": None})
+
+
+def _preprocess(text: str | None) -> Preprocess | None:
+    from edgewise.calibration.images import Preprocess
+
+    return None if text is None else Preprocess.parse(text)
+
+
+def _answer(answer: Answer, json_file: Path | None) -> None:
+    """Give the result to machines, to people, or to both."""
+    from edgewise.optimizer.console import show
+    from edgewise.optimizer.files import write_text
+    from edgewise.optimizer.report import plain
+
+    text = json.dumps(plain(answer.to_dict()), indent=2, allow_nan=False)
+    if str(json_file) == "-":
+        typer.echo(text)
+        return
+    if json_file is not None:
+        write_text(json_file, text + "\n", force=True)
+    show(answer)
+
+
+@app.callback()
+def _edgewise(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The options before the command."""
+
+
+@app.command()
+def optimize(
+    model: Model,
+    output: Output,
+    data: Data = None,
+    preprocess: Preprocessing = None,
+    inputs: Inputs = None,
+    recipe: RecipeFile = None,
+    metric: MetricName = None,
+    max_drop: MaxDrop = None,
+    target: Target = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for report.json and report.md.")
+    ] = None,
+    force: Force = False,
+    json_file: Json = None,
+) -> None:
+    """Make MODEL smaller and faster, verified and never slower.
+
+    Without samples only exact passes run, and the result says what samples would add.
+    """
+    from edgewise.optimizer import optimize as job
+    from edgewise.optimizer.console import progress_bars
+
+    options = _recipe(
+        recipe,
+        preprocess=preprocess,
+        metric=metric,
+        max_drop=max_drop,
+        target=target,
+        threads=threads,
+        seed=seed,
+    )
+    with progress_bars() as progress:
+        result = job(
+            model,
+            output,
+            data=data,
+            inputs=inputs or (),
+            recipe=options,
+            report=report,
+            force=force,
+            progress=progress,
+        )
+    _answer(result, json_file)
+
+
+@app.command()
+def export(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="package.module:callable of a torch module.")
+    ],
+    inputs: Inputs,
+    output: Output,
+    dynamic: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:AXIS=SYMBOL", help="An axis of any length, such as x:0=batch. Repeatable."
+        ),
+    ] = None,
+    seed: Seed = None,
+    force: Force = False,
+    json_file: Json = None,
+) -> None:
+    """Write a torch module as .onnx, held against torch's outputs."""
+    from edgewise.optimizer import export as job
+    from edgewise.optimizer.console import progress_bars
+
+    with progress_bars() as progress:
+        progress("export", 0, 0)
+        result = job(target, inputs or (), output, dynamic=dynamic or (), seed=seed or 0, force=force)
+    _answer(result, json_file)
+
+
+@app.command()
+def inspect(model: OnnxFile, json_file: Json = None) -> None:
+    """Show what MODEL takes, gives, holds, costs and could become."""
+    from edgewise.optimizer import inspect as job
+    from edgewise.optimizer.console import progress_bars
+
+    with progress_bars() as progress:
+        result = job(model, progress=progress)
+    _answer(result, json_file)
+
+
+@app.command()
+def calibrate(
+    model: OnnxFile,
+    data: Annotated[str, typer.Option(metavar="DATA", help="Samples, as in optimize.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="TABLE", help="The .npz table to write.")],
+    preprocess: Preprocessing = None,
+    recipe: RecipeFile = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    force: Force = False,
+    json_file: Json = None,
+) -> None:
+    """Observe the values of MODEL on samples, for quantize."""
+    from edgewise.optimizer import calibrate as job
+    from edgewise.optimizer.console import progress_bars
+
+    options = _recipe(recipe, preprocess=preprocess, threads=threads, seed=seed)
+    with progress_bars() as progress:
+        result = job(model, data, output, recipe=options, force=force, progress=progress)
+    _answer(result, json_file)
+
+
+@app.command()
+def quantize(
+    model: OnnxFile,
+    output: Output,
+    data: Data = None,
+    table: Annotated[Path | None, typer.Option(metavar="TABLE", help="A table that calibrate wrote.")] = None,
+    preprocess: Preprocessing = None,
+    recipe: RecipeFile = None,
+    metric: MetricName = None,
+    max_drop: MaxDrop = None,
+    target: Target = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    no_benchmark: NoBenchmark = False,
+    force: Force = False,
+    json_file: Json = None,
+) -> None:
+    """Write MODEL in static int8, judged on samples.
+
+    The exact passes run first; a recipe with fewer passes says otherwise.
+    """
+    from edgewise.optimizer import quantize as job
+    from edgewise.optimizer.console import progress_bars
+
+    options = _recipe(
+        recipe,
+        preprocess=preprocess,
+        benchmark=not no_benchmark,
+        metric=metric,
+        max_drop=max_drop,
+        target=target,
+        threads=threads,
+        seed=seed,
+    )
+    with progress_bars() as progress:
+        result = job(model, output, data=data, table=table, recipe=options, force=force, progress=progress)
+    _answer(result, json_file)
+
+
+@app.command()
+def prune(
+    model: OnnxFile,
+    output: Output,
+    data: Data = None,
+    preprocess: Preprocessing = None,
+    recipe: RecipeFile = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    force: Force = False,
+    json_file: Json = None,
+) -> None:
+    """Remove the channels of MODEL that hold nothing but zeros.
+
+    The outputs stay the same up to rounding.
+    """
+    from edgewise.optimizer import prune as job
+    from edgewise.optimizer.console import progress_bars
+
+    options = _recipe(recipe, preprocess=preprocess, threads=threads, seed=seed)
+    with progress_bars() as progress:
+        result = job(model, output, data=data, recipe=options, force=force, progress=progress)
+    _answer(result, json_file)
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL...", help="The .onnx files; the first is the baseline.")
+    ],
+    ep: Annotated[
+        str, typer.Option(metavar="LIST", help="Execution providers: cpu,cuda,tensorrt,openvino.")
+    ] = "cpu",
+    threads: Threads = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Samples a run.")] = 1,
+    data: Data = None,
+    preprocess: Preprocessing = None,
+    precision: Annotated[
+        float, typer.Option(metavar="X", help="Stop when the interval is within this share of the median.")
+    ] = 0.01,
+    max_seconds: Annotated[float, typer.Option(metavar="S", help="Stop after so many seconds.")] = 20.0,
+    seed: Seed = None,
+    json_file: Json = None,
+) -> None:
+    """Measure the latency of models side by side.
+
+    Each runs in a process of its own, in rounds that take turns.
+    """
+    from edgewise.optimizer.console import progress_bars
+    from edgewise.optimizer.jobs import benchmark_on
+
+    with progress_bars() as progress:
+        result = benchmark_on(
+            [name.strip() for name in ep.split(",")],
+            models,
+            threads=threads,
+            batch=batch,
+            data=data,
+            preprocess=_preprocess(preprocess),
+            precision=precision,
+            max_seconds=max_seconds,
+            seed=seed or 0,
+            progress=progress,
+        )
+    _answer(result, json_file)
+    if failures := result.failures:
+        raise EdgewiseError(failures[0])
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="The .onnx file that is right.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The .onnx file that is held against it.")],
+    data: Data = None,
+    preprocess: Preprocessing = None,
+    metric: MetricName = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    json_file: Json = None,
+) -> None:
+    """Tell how far the outputs of B are from those of A."""
+    from edgewise.optimizer import compare as job
+    from edgewise.optimizer.console import progress_bars
+
+    with progress_bars() as progress:
+        progress("compare", 0, 0)
+        result = job(
+            first,
+            second,
+            data=data,
+            preprocess=_preprocess(preprocess),
+            metric=metric,
+            threads=threads,
+            seed=seed or 0,
+        )
+    _answer(result, json_file)
+
+
+@app.command()
+def passes(json_file: Json = None) -> None:
+    """List the graph passes, what each may change, and its options."""
+    from edgewise.optimizer.inspection import list_passes
+
+    _answer(list_passes(), json_file)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go.")] = Path(
+        "edgewise-demo"
+    ),
+    json_file: Json = None,
+) -> None:
+    """Take a small trained network through the whole chain."""
+    from edgewise.optimizer.console import progress_bars
+    from edgewise.optimizer.demo import demo as job
+
+    with progress_bars() as progress:
+        result = job(folder, progress=progress)
+    _answer(result, json_file)

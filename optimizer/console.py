@@ -1,0 +1,351 @@
+"""What people see: tables on stdout that fit 80 columns, and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import singledispatch
+from typing import Any, Protocol
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from edgewise.optimizer.comparison import Difference
+from edgewise.optimizer.demo import DemoReport
+from edgewise.optimizer.inspection import Inspection, PassList, Tensor
+from edgewise.optimizer.jobs import Benchmark, CalibrationReport, Comparison
+from edgewise.optimizer.pipeline import Progress, StepReport
+from edgewise.optimizer.recipe import Recipe
+from edgewise.optimizer.report import Candidate, Report, size_text, summary_rows
+from edgewise.optimizer.torch_export import ExportReport
+from edgewise.passes.prune_channels import ChannelCount
+from edgewise.runtime.latency import LatencyReport, ModelLatency, Ratio
+
+_STATUS_STYLES = {"applied": "green", "rolled back": "yellow"}
+_VERDICT_STYLES = {"faster": "green", "slower": "red"}
+_REASONS_SHOWN = 4
+
+
+class Answer(Protocol):
+    """The result of a command: shown to people by `show`, given to machines as `to_dict`."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def show(answer: Answer) -> None:
+    """Print a result on stdout."""
+    Console(highlight=False).print(view(answer))
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """A `Progress` that draws on stderr if that is a terminal, and leaves nothing behind."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Bars(
+        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as bars:
+        task = bars.add_task("", total=None)
+
+        def progress(stage: str, done: int, total: int) -> None:
+            bars.update(task, description=stage, completed=done, total=total or None)
+
+        yield progress
+
+
+@singledispatch
+def view(answer: Answer) -> RenderableType:
+    """What to print for a result."""
+    raise TypeError(f"no view of {type(answer).__name__}")
+
+
+@view.register
+def _(report: Report) -> RenderableType:
+    parts: list[RenderableType] = [
+        _table(("", "input", "output"), summary_rows(report), folds=(1, 2)),
+        _steps(report.steps),
+        *([_candidates(report.candidates)] if report.latency is not None else []),
+        *_outputs(report.differences),
+        *_notes(report.notes),
+    ]
+    return Group(*parts)
+
+
+@view.register
+def _(demo: DemoReport) -> RenderableType:
+    score = demo.accuracy
+    accuracy = (
+        f"right answers on {score.samples} images never seen before: {score.before:.1%} -> {score.after:.1%}"
+    )
+    written = (demo.exported, demo.samples, demo.output, demo.report_folder)
+    return Group(
+        view(demo.report),
+        Text(accuracy, style="bold"),
+        *(Text(f"written: {path}", overflow="fold") for path in written),
+    )
+
+
+@view.register
+def _(benchmark: Benchmark) -> RenderableType:
+    return Group(*(view(report) for report in benchmark.reports))
+
+
+@view.register
+def _(report: ExportReport) -> RenderableType:
+    rows = [
+        ("file", f"{report.path}, {size_text(report.bytes)}, opset {report.opset}"),
+        *(("input", f"{s.name}: {s.dtype} [{', '.join(map(str, s.shape))}]") for s in report.inputs),
+        *(("output", name) for name in report.outputs),
+        *(("compared", f"{_shapes_text(c.shapes)}: error {c.error:.0e}") for c in report.checks),
+        ("time", f"{report.seconds:.1f} s"),
+    ]
+    return Group(_facts(rows), *_notes(report.notes))
+
+
+def _shapes_text(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+
+
+@view.register
+def _(report: LatencyReport) -> RenderableType:
+    where = f"{report.machine.cpu}, {report.provider}, {_threads_text(report.threads)}"
+    lines = [_ratio_line(ratio) for ratio in report.ratios]
+    failures = [Text(f"{m.name} failed: {m.failed}", style="red") for m in report.models if m.failed]
+    end = Text(
+        f"inputs: {report.inputs}; stopped after {report.seconds:.0f} s: {report.stopped_because}",
+        style="dim",
+    )
+    return Group(Text(where, style="bold"), _latencies(report.models), *lines, *failures, end)
+
+
+@view.register
+def _(comparison: Comparison) -> RenderableType:
+    title = f"{comparison.second} against {comparison.first}, {comparison.inputs}"
+    parts = [Text(title, style="bold", overflow="fold"), *_outputs(comparison.differences)]
+    if (score := comparison.score) is not None:
+        parts.append(
+            Text(f"{score.metric} on {score.samples} samples: {score.before:.4f} -> {score.after:.4f}")
+        )
+    return Group(*parts, *_notes(comparison.notes))
+
+
+@view.register
+def _(report: CalibrationReport) -> RenderableType:
+    rows = [
+        ("table", report.path),
+        ("model", report.model),
+        ("samples", f"{report.samples} from {report.source}"),
+        ("values", f"{report.values} observed in {report.seconds:.1f} s"),
+        ("digest", report.digest),
+    ]
+    return Group(_facts(rows), *_notes(report.notes))
+
+
+@view.register
+def _(answer: PassList) -> RenderableType:
+    parts: list[RenderableType] = []
+    for facts in answer.passes:
+        options = "".join(f", {name}: {default}" for name, default in facts.options.items())
+        parts.append(Text.assemble((facts.name, "bold"), (f"  {facts.contract}{options}", "dim")))
+        parts.append(Padding(Text(facts.about), (0, 0, 0, 4)))
+    return Group(*parts)
+
+
+@view.register
+def _(facts: Inspection) -> RenderableType:
+    opsets = ", ".join(f"{domain or 'onnx'} {version}" for domain, version in facts.opsets.items())
+    rows: list[tuple[str, str]] = [
+        ("file", facts.path),
+        ("size", f"{size_text(facts.bytes)}, {facts.parameters:,} parameters"),
+        ("format", f"IR {facts.ir_version}, opset {opsets}"),
+        ("producer", facts.producer),
+        ("sha256", facts.sha256),
+        *(("input", _tensor_text(t)) for t in facts.inputs),
+        *(("output", _tensor_text(t)) for t in facts.outputs),
+        ("MACs", _macs_text(facts)),
+        ("operators", _counts_text(facts.operators)),
+        *_finding_rows(facts),
+        *(("edgewise", _metadata_text(*item)) for item in facts.metadata.items()),
+    ]
+    return _facts(row for row in rows if row[1])
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> RenderableType:
+    """A name and what is known under it, a row each; a name that goes on is not repeated."""
+    before, shown = "", []
+    for name, text in rows:
+        shown.append(("" if name == before else name, text))
+        before = name
+    return _table(("", ""), shown, folds=(1,), header=False)
+
+
+def _finding_rows(facts: Inspection) -> list[tuple[str, str]]:
+    return [
+        *(("channels", _channels_text(count)) for count in facts.channels),
+        ("int8", _counts_text(facts.int8) or "nothing can be"),
+        *(("not int8", f"{reason} ({n})") for reason, n in facts.not_int8.items()),
+    ]
+
+
+def _metadata_text(key: str, value: str) -> str:
+    """What edgewise wrote into a model; of a recipe only what is not as in the default one."""
+    if key != "recipe":
+        return f"{key}: {value}"
+    default = Recipe().model_dump(mode="json")
+    try:
+        changed = {k: v for k, v in json.loads(value).items() if default.get(k) != v}
+    except (ValueError, AttributeError):
+        return f"{key}: {value}"
+    return f"{key}: {json.dumps(changed) if changed else 'the default one'}"
+
+
+def _channels_text(count: ChannelCount) -> str:
+    kinds = ((count.zero, "zero"), (count.constant, "constant"), (count.unread, "unread"))
+    found = ", ".join(f"{n} {kind}" for n, kind in kinds if n)
+    return f"{count.value}: {found} of {count.channels}, {count.removable} can leave"
+
+
+def _table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[RenderableType]],
+    *,
+    right: Sequence[int] = (),
+    folds: Sequence[int] = (),
+    header: bool = True,
+) -> Table:
+    """A table whose columns in `right` are numbers and whose columns in `folds` may break anywhere."""
+    table = Table(
+        box=SIMPLE_HEAD if header else None, show_header=header, padding=(0, 1), collapse_padding=True
+    )
+    for i, column in enumerate(columns):
+        table.add_column(
+            column,
+            justify="right" if i in right else "left",
+            overflow="fold",
+            no_wrap=i not in folds,
+            style="bold" if i == 0 else "",
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
+
+
+def _steps(steps: Iterable[StepReport]) -> RenderableType:
+    """A row a step that did something; below, what was refused or rolled back, and what found nothing."""
+    columns = ("step", "edits", "nodes", "weights", "error", "time")
+    table = _table(columns, (), right=range(1, len(columns)), folds=(0,))
+    remarks: list[RenderableType] = []
+    idle: dict[str, None] = {}
+    for step in steps:
+        remarks += _remarks(step)
+        if step.status == "no change":
+            idle[step.step] = None
+            continue
+        table.add_row(
+            step.step,
+            Text(str(step.edits) if step.status == "applied" else step.status, _STATUS_STYLES[step.status]),
+            str(step.nodes),
+            size_text(step.bytes),
+            "" if step.error is None else f"{step.error:.0e}",
+            f"{step.seconds:.2f} s",
+        )
+    if idle:
+        remarks.append(Padding(Text(f"nothing to do for {', '.join(idle)}", style="dim"), (0, 0, 0, 2)))
+    return Group(*([table] if table.rows else []), *remarks)
+
+
+def _remarks(step: StepReport) -> Iterator[RenderableType]:
+    if step.reason:
+        yield Padding(Text(f"{step.step} rolled back: {step.reason}", style="yellow"), (0, 0, 0, 2))
+    refused = sorted(step.refused.items(), key=lambda item: -item[1])
+    for reason, count in refused[:_REASONS_SHOWN]:
+        yield Padding(Text(f"{step.step} refused {count}x: {reason}", style="dim"), (0, 0, 0, 2))
+
+
+def _candidates(candidates: Iterable[Candidate]) -> RenderableType:
+    rows = [
+        (
+            f"{'-> ' if c.chosen else '   '}{c.name}",
+            size_text(c.bytes),
+            "" if c.speedup is None else f"{c.speedup:.2f}x",
+            "" if c.low is None or c.high is None else f"{c.low:.2f} .. {c.high:.2f}",
+            c.why,
+        )
+        for c in candidates
+    ]
+    return _table(("   candidate", "size", "speed-up", "95 %", ""), rows, right=(1, 2, 3), folds=(4,))
+
+
+def _latencies(models: Iterable[ModelLatency]) -> RenderableType:
+    columns = ("model", "median ms", "95 %", "p90", "p99", "load", "peak MB", "file")
+    rows = [
+        (
+            m.name,
+            _short(m.median_ms),
+            f"{_short(m.low_ms)}..{_short(m.high_ms)}",
+            _short(m.p90_ms),
+            _short(m.p99_ms),
+            _short(m.load_ms),
+            f"{m.peak_mb:.0f}",
+            size_text(m.file_bytes),
+        )
+        for m in models
+        if not m.failed
+    ]
+    return _table(columns, rows, right=range(1, len(columns)), folds=(0,))
+
+
+def _short(number: float) -> str:
+    """Four digits, as many as are ever known of a latency."""
+    return f"{number:.4g}" if number < 1000 else f"{number:.0f}"
+
+
+def _ratio_line(ratio: Ratio) -> Text:
+    interval = f"[{ratio.low:.3f}, {ratio.high:.3f}]"
+    text = f"{ratio.name} against {ratio.baseline}: {ratio.speedup:.3f}x {interval}, {ratio.verdict}"
+    return Text(text, style=_VERDICT_STYLES.get(ratio.verdict, ""))
+
+
+def _threads_text(threads: int | None) -> str:
+    return "all cores" if threads is None else f"{threads} thread{'s' * (threads > 1)}"
+
+
+def _outputs(differences: Iterable[Difference]) -> list[RenderableType]:
+    rows = [
+        (
+            d.output,
+            f"{d.relative:.1e}",
+            f"{d.absolute:.1e}",
+            f"{d.snr_db:.1f} dB",
+            f"{d.cosine:.5f}",
+            "" if d.agreement is None else f"{d.agreement:.2%}",
+        )
+        for d in differences
+    ]
+    columns = ("output", "relative", "absolute", "signal/noise", "cosine", "same arg max")
+    return [_table(columns, rows, right=range(1, len(columns)), folds=(0,))] if rows else []
+
+
+def _notes(notes: Iterable[str]) -> list[RenderableType]:
+    return [Text(f"note: {note}", style="cyan") for note in notes]
+
+
+def _tensor_text(tensor: Tensor) -> str:
+    return f"{tensor.name}: {tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
+
+
+def _macs_text(facts: Inspection) -> str:
+    macs = facts.macs
+    assumed = f", with {', '.join(macs.counted_as_one)} counted as 1" if macs.counted_as_one else ""
+    unknown = f", without {macs.unknown} nodes of unknown shape" if macs.unknown else ""
+    return f"{macs.total:,}{assumed}{unknown}"
+
+
+def _counts_text(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items())

@@ -1,0 +1,99 @@
+"""A recipe: everything that decides what comes out, in one value that YAML can hold."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from edgewise.calibration.data import Preprocess
+from edgewise.calibration.plan import QuantOptions
+from edgewise.passes import EXACT_CHAIN, parse
+from edgewise.passes.base import Contract, Pass
+from edgewise.runtime.errors import InputError
+
+TargetName = Literal["cpu", "cuda", "tensorrt", "openvino"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Quantize(_Frozen):
+    """How int8 is made. The methods are tried in turn until one keeps the bound."""
+
+    methods: tuple[Literal["minmax", "percentile", "entropy", "mse"], ...] = Field(
+        default=("mse", "percentile", "minmax", "entropy"), min_length=1
+    )
+    options: QuantOptions = QuantOptions()
+    samples: int = Field(default=128, ge=1, description="samples that calibrate; the rest judges")
+
+
+class Benchmark(_Frozen):
+    """How long the measuring may take and how sure it must be."""
+
+    precision: float = Field(default=0.01, gt=0, lt=1)
+    max_seconds: float = Field(default=15.0, gt=0)
+
+
+class Recipe(_Frozen):
+    """The whole job. `max_drop` is in units of the metric: 0.01 of top1 is one point."""
+
+    version: Literal[1] = 1
+    passes: tuple[str, ...] = EXACT_CHAIN
+    quantize: Quantize | None = Quantize()
+    benchmark: Benchmark | None = Benchmark()
+    preprocess: Preprocess | None = None
+    metric: str | None = None
+    max_drop: float = Field(default=0.01, ge=0)
+    target: TargetName = "cpu"
+    threads: int | None = Field(default=None, ge=1)
+    seed: int = 0
+
+    @field_validator("passes")
+    @classmethod
+    def _are_exact_passes(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
+        for spec in specs:
+            if parse(spec).contract is not Contract.EXACT:
+                raise ValueError(f"{spec} is lossy; the recipe's section for it decides, not the chain")
+        return specs
+
+    @property
+    def chain(self) -> tuple[Pass, ...]:
+        """The exact passes, ready to run."""
+        return tuple(parse(spec) for spec in self.passes)
+
+    def to_yaml(self) -> str:
+        """Text that `load_recipe` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def with_options(self, **options: Any) -> Recipe:
+        """The recipe with every option that is not None in place of its own value."""
+        given = {key: value for key, value in options.items() if value is not None}
+        return recipe_from({**self.model_dump(), **given}, "options")
+
+
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe; `InputError` names the field that does not fit."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"recipe {path} is no mapping of option names to values")
+    return recipe_from(data, str(path))
+
+
+def recipe_from(data: dict[str, Any], source: str) -> Recipe:
+    """Validate plain data; `source` names where it came from."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"recipe {source}: {where}: {first['msg']}") from error

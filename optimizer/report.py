@@ -1,0 +1,252 @@
+"""One value that holds everything a run found out, as JSON, Markdown and terminal rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from edgewise.optimizer.comparison import Difference
+from edgewise.optimizer.files import make_folder, tensors, write_text
+from edgewise.optimizer.pipeline import StepReport
+from edgewise.passes.graph import opset
+from edgewise.runtime.latency import LatencyReport
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model weighs. `bytes` is the file with its external data, `parameters` counts numbers."""
+
+    path: str
+    sha256: str
+    bytes: int
+    nodes: int
+    parameters: int
+    opset: int
+
+
+def facts_of(model: ir.Model, path: Path, sha256: str, size: int) -> ModelFacts:
+    """Count what is in `model`, which was read from or written to `path`."""
+    return ModelFacts(
+        path=str(path),
+        sha256=sha256,
+        bytes=size,
+        nodes=sum(1 for _ in model.graph.all_nodes()),
+        parameters=sum(tensor.size for _, tensor in tensors(model)),
+        opset=opset(model),
+    )
+
+
+@dataclass(frozen=True)
+class Score:
+    """The user's metric on `samples` held against the bound: after >= before - allowed."""
+
+    metric: str
+    before: float
+    after: float
+    allowed: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that could have been written: what it weighs, how fast it is, and what became of it.
+
+    `speedup` is the input's latency over this one's, with a 95 % interval; None if not measured.
+    """
+
+    name: str
+    bytes: int
+    speedup: float | None
+    low: float | None
+    high: float | None
+    chosen: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run: what came in, every step, what was measured, what was written and why."""
+
+    version: str
+    input: ModelFacts
+    output: ModelFacts
+    recipe: Mapping[str, Any]
+    steps: tuple[StepReport, ...]
+    differences: tuple[Difference, ...]
+    score: Score | None
+    candidates: tuple[Candidate, ...]
+    latency: LatencyReport | None
+    table: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def chosen(self) -> str:
+        """Name of the candidate that was written."""
+        return next(c.name for c in self.candidates if c.chosen)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; infinities become None."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "latency"}
+        values: dict[str, Any] = plain(data)
+        values["latency"] = None if self.latency is None else plain(self.latency.to_dict())
+        return values
+
+    def to_markdown(self) -> str:
+        """The report as a page of tables."""
+        parts = [
+            "# edgewise report\n",
+            table(("", "input", "output"), summary_rows(self)),
+            "\n## Steps\n",
+            table(STEP_COLUMNS, step_rows(self.steps)),
+            "\n## Candidates\n",
+            table(CANDIDATE_COLUMNS, candidate_rows(self.candidates)),
+        ]
+        if self.latency is not None:
+            parts += ["\n## Latency\n", table(LATENCY_COLUMNS, latency_rows(self.latency))]
+        if self.differences:
+            parts += ["\n## Outputs against the input model\n", *(f"- {d}\n" for d in self.differences)]
+        if self.notes:
+            parts += ["\n## Notes\n", *(f"- {note}\n" for note in self.notes)]
+        parts += ["\n## Recipe\n\n```json\n", json.dumps(plain(self.recipe), indent=2), "\n```\n"]
+        return "".join(parts)
+
+
+def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
+    """Write `report.json` and `report.md` into `folder`, over those of an earlier run."""
+    make_folder(folder)
+    text = json.dumps(report.to_dict(), indent=2)
+    return (
+        write_text(folder / "report.json", text + "\n", force=True),
+        write_text(folder / "report.md", report.to_markdown(), force=True),
+    )
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings and tuples as dicts and lists; what JSON cannot say as None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+Row = tuple[str, ...]
+
+STEP_COLUMNS = (
+    "step",
+    "status",
+    "edits",
+    "error",
+    "nodes",
+    "weights",
+    "time",
+    "refused or rolled back because",
+)
+CANDIDATE_COLUMNS = ("candidate", "size", "speed-up", "95 % interval", "written", "why")
+LATENCY_COLUMNS = ("model", "median ms", "95 % interval", "p90", "p99", "min", "load ms", "peak MB", "runs")
+
+
+def table(columns: Sequence[str], rows: Iterable[Row]) -> str:
+    """A Markdown table."""
+    lines = [columns, tuple("---" for _ in columns), *rows]
+    return "".join("| " + " | ".join(_cell(cell) for cell in line) + " |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def summary_rows(report: Report) -> list[Row]:
+    """What changed from input to output, a row a quantity."""
+    before, after = report.input, report.output
+    rows: list[Row] = [
+        ("file", before.path, after.path),
+        ("size", size_text(before.bytes), f"{size_text(after.bytes)} ({after.bytes / before.bytes:.0%})"),
+        ("parameters", f"{before.parameters:,}", f"{after.parameters:,}"),
+        ("nodes", str(before.nodes), str(after.nodes)),
+    ]
+    if report.score is not None:
+        score = report.score
+        rows.append((f"{score.metric} on {score.samples}", f"{score.before:.4f}", f"{score.after:.4f}"))
+    if report.latency is not None:
+        by_name = {m.name: m for m in report.latency.models}
+        pair = [by_name.get(name) for name in ("input", report.chosen)]
+        rows.append(("median latency", *(_median_text(m) for m in pair)))
+    return rows
+
+
+def _median_text(model: Any) -> str:
+    if model is None or model.failed:
+        return "not measured"
+    return f"{model.median_ms:.3f} ms [{model.low_ms:.3f}, {model.high_ms:.3f}]"
+
+
+def step_rows(steps: Iterable[StepReport]) -> list[Row]:
+    """A row a step."""
+    return [
+        (
+            s.step,
+            s.status,
+            str(s.edits),
+            "" if s.error is None else f"{s.error:.1e}",
+            str(s.nodes),
+            size_text(s.bytes),
+            f"{s.seconds:.2f} s",
+            s.reason or ", ".join(f"{reason} ({n})" for reason, n in s.refused.items()),
+        )
+        for s in steps
+    ]
+
+
+def candidate_rows(candidates: Iterable[Candidate]) -> list[Row]:
+    """A row a candidate."""
+    return [
+        (
+            c.name,
+            size_text(c.bytes),
+            "" if c.speedup is None else f"{c.speedup:.2f}x",
+            "" if c.low is None or c.high is None else f"[{c.low:.2f}, {c.high:.2f}]",
+            "yes" if c.chosen else "",
+            c.why,
+        )
+        for c in candidates
+    ]
+
+
+def latency_rows(report: LatencyReport) -> list[Row]:
+    """A row a model; one that failed says why instead."""
+    return [
+        (m.name, "failed", m.failed, "", "", "", "", "", "")
+        if m.failed
+        else (
+            m.name,
+            f"{m.median_ms:.3f}",
+            f"[{m.low_ms:.3f}, {m.high_ms:.3f}]",
+            f"{m.p90_ms:.3f}",
+            f"{m.p99_ms:.3f}",
+            f"{m.min_ms:.3f}",
+            f"{m.load_ms:.0f}",
+            f"{m.peak_mb:.0f}",
+            str(m.runs),
+        )
+        for m in report.models
+    ]
+
+
+def size_text(size: int) -> str:
+    """Bytes as a person reads them, in decimal units."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size} B"

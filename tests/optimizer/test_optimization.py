@@ -1,0 +1,94 @@
+"""The main job, end to end, on a small classifier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from edgewise.optimizer import files
+from edgewise.optimizer.optimization import optimize
+from edgewise.optimizer.recipe import Benchmark, Recipe
+from edgewise.runtime.errors import InputError
+from edgewise.runtime.evaluate import Evaluator
+from edgewise.runtime.session import ProviderError
+
+QUICK = Recipe(benchmark=None, threads=1)
+
+
+@pytest.fixture
+def data(tmp_path: Path, images: np.ndarray) -> str:
+    path = tmp_path / "samples.npz"
+    np.savez(path, image=images)
+    return str(path)
+
+
+def test_exact_only_without_data(model_path: Path, tmp_path: Path, images: np.ndarray) -> None:
+    report = optimize(model_path, tmp_path / "out.onnx", recipe=QUICK)
+    assert report.chosen == "exact"
+    assert "--data" in report.notes[0]
+    assert report.output.nodes < report.input.nodes
+    assert report.output.parameters < report.input.parameters  # the zeroed channels of the norm
+    assert report.score is None
+    before = Evaluator(model_path).run({"image": images})["scores"]
+    after = Evaluator(tmp_path / "out.onnx").run({"image": images})["scores"]
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())  # rounding alone
+
+
+def test_int8_with_data(model_path: Path, tmp_path: Path, data: str) -> None:
+    report = optimize(model_path, tmp_path / "out.onnx", data=data, recipe=QUICK, report=tmp_path / "report")
+    assert report.chosen == "int8"
+    assert report.score is not None
+    assert report.score.after >= report.score.before - report.score.allowed
+    ops = [node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node]
+    assert "QuantizeLinear" in ops
+    written = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(report.to_dict()))
+    assert "insert-qdq" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+
+
+def test_output_says_how_it_was_made(model_path: Path, tmp_path: Path, data: str) -> None:
+    report = optimize(model_path, tmp_path / "out.onnx", data=data, recipe=QUICK)
+    metadata = files.load(tmp_path / "out.onnx").metadata_props
+    assert metadata["edgewise.input.sha256"] == files.sha256(model_path) == report.input.sha256
+    assert metadata["edgewise.table"] == report.table
+    assert Recipe.model_validate_json(metadata["edgewise.recipe"]) == QUICK
+
+
+def test_measured_result_is_not_slower(model_path: Path, tmp_path: Path, data: str) -> None:
+    quick = Benchmark(precision=0.5, max_seconds=3)
+    report = optimize(model_path, tmp_path / "out.onnx", data=data, recipe=Recipe(benchmark=quick, threads=1))
+    assert report.latency is not None
+    verdicts = {ratio.name: ratio.verdict for ratio in report.latency.ratios}
+    assert verdicts.get(report.chosen) != "slower"
+
+
+def test_bound_rolls_int8_back(model_path: Path, tmp_path: Path, data: str) -> None:
+    recipe = QUICK.with_options(metric="fidelity", max_drop=0.0)
+    report = optimize(model_path, tmp_path / "out.onnx", data=data, recipe=recipe)
+    assert report.chosen == "exact"
+    attempts = [step for step in report.steps if step.contract == "lossy"]
+    assert len(attempts) == 4
+    assert all(step.status == "rolled back" and "fidelity fell" in step.reason for step in attempts)
+
+
+def test_input_file_is_never_touched(model_path: Path, tmp_path: Path) -> None:
+    before = model_path.read_bytes()
+    with pytest.raises(InputError):
+        optimize(model_path, model_path, recipe=QUICK, force=True)
+    optimize(model_path, tmp_path / "out.onnx", recipe=QUICK)
+    assert model_path.read_bytes() == before
+
+
+def test_missing_provider_is_an_error(model_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ProviderError, match="pip install"):
+        optimize(model_path, tmp_path / "out.onnx", recipe=Recipe(target="tensorrt"))
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_random_data_is_said_to_be_random(model_path: Path, tmp_path: Path) -> None:
+    report = optimize(model_path, tmp_path / "out.onnx", data="random:40", recipe=QUICK)
+    assert any("random" in note for note in report.notes)
