@@ -90,17 +90,12 @@ class CalibrationTable:
         """
         path = Path(path)
         try:
-            handle, part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}") from error
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez_compressed(file, allow_pickle=False, **self._arrays())
-            os.replace(part, path)
+            with tempfile.TemporaryDirectory(prefix=".edgewise-", dir=path.parent) as folder:
+                part = Path(folder) / "table.npz"
+                np.savez_compressed(part, allow_pickle=False, **self._arrays())
+                part.replace(path)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-        finally:
-            Path(part).unlink(missing_ok=True)
         return path
 
     def _arrays(self) -> dict[str, Array]:
