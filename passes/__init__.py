@@ -10,6 +10,7 @@ import yaml
 from edgewise.passes.base import Pass
 from edgewise.passes.dedupe_initializers import DedupeInitializers
 from edgewise.passes.drop_dead_nodes import DropDeadNodes
+from edgewise.passes.drop_default_attributes import DropDefaultAttributes
 from edgewise.passes.drop_identity import DropIdentity
 from edgewise.passes.drop_no_ops import DropNoOps
 from edgewise.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
@@ -49,6 +50,7 @@ _ALL: tuple[type[Pass], ...] = (
     FuseAffine,
     FuseMatmulAdd,
     PruneChannels,
+    DropDefaultAttributes,
     InsertQdq,
 )
 
@@ -76,6 +78,7 @@ EXACT_CHAIN: tuple[str, ...] = (
     "fuse-matmul-add",  # after the affine fusion, which wants the bias where it is
     "prune-channels",  # last, because folded norms show which channels are zero
     "drop-dead-nodes",  # removed channels leave their old weights behind
+    "drop-default-attributes",
 )
 """The exact passes in the order in which a round runs them."""
 

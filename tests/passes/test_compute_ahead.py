@@ -18,7 +18,9 @@ def nodes_of(model: ir.Model, count: int) -> list[ir.Node]:
 
 
 def test_values_in_the_order_asked_for() -> None:
-    text = "g (float[2, 2] x) => (float[2, 2] y) { a = Neg(w) b = Transpose(a) s = Shape(b) y = Sum(x, a, b) }"
+    text = (
+        "g (float[2, 2] x) => (float[2, 2] y) { a = Neg(w) b = Transpose(a) s = Shape(b) y = Sum(x, a, b) }"
+    )
     model = build(text, w=W)
     nodes = nodes_of(model, 3)
     b, s, a = nodes[1].outputs[0], nodes[2].outputs[0], nodes[0].outputs[0]
@@ -34,7 +36,8 @@ def test_nothing_asked_for() -> None:
 
 
 def test_left_out_inputs_and_outputs() -> None:
-    text = "g (float[2, 2] x) => (float[2, 2] y) { c = Clip(w, , h) v, i = MaxPool<kernel_shape = [1]>(u) y = Add(x, c) }"
+    body = "c = Clip(w, , h) v, i = MaxPool<kernel_shape = [1]>(u) y = Add(x, c)"
+    text = f"g (float[2, 2] x) => (float[2, 2] y) {{ {body} }}"
     model = build(text, w=W, h=np.float32(2.5), u=np.ones((1, 1, 3), np.float32))
     pool = model.graph.node(1)
     pool.outputs[1].name = ""

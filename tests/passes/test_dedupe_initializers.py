@@ -50,7 +50,10 @@ def test_types_numpy_does_not_know(kind: type) -> None:
 
 
 def test_texts() -> None:
-    keys = {content_key(ir.StringTensor(t, shape=ir.Shape((2,)))) for t in ([b"a", b"b"], [b"a", b"b\0"], [b"a", b"b"])}
+    keys = {
+        content_key(ir.StringTensor(t, shape=ir.Shape((2,))))
+        for t in ([b"a", b"b"], [b"a", b"b\0"], [b"a", b"b"])
+    }
     assert len(keys) == 2
 
 
@@ -84,7 +87,10 @@ def branches(then: Mapping[str, Array], other: Mapping[str, Array]) -> ir.Model:
         body = model.graph.node(1).attributes[branch].as_graph()
         for name, array in weights.items():
             value = ir.Value(
-                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT), const_value=ir.tensor(array)
+                name=name,
+                shape=ir.Shape(array.shape),
+                type=ir.TensorType(ir.DataType.FLOAT),
+                const_value=ir.tensor(array),
             )
             body.register_initializer(value)
             for node in body:

@@ -37,7 +37,8 @@ def test_a_dead_branch_lets_go_of_what_it_reads() -> None:
     model = build(
         """g (bool c, float[2] x) => (float[2] y) {
             n = Mul(x, w)
-            d = If(c) <then_branch = t () => (float[2] a) { a = Neg(n) }, else_branch = e () => (float[2] b) { b = Abs(n) }>
+            d = If(c) <then_branch = t () => (float[2] a) { a = Neg(n) },
+                       else_branch = e () => (float[2] b) { b = Abs(n) }>
             y = Neg(x)
         }""",
         w=np.float32([1, 2]),
@@ -51,7 +52,9 @@ def test_a_dead_branch_lets_go_of_what_it_reads() -> None:
 def test_dead_nodes_of_a_branch() -> None:
     model = build(
         """g (bool c, float[2] x) => (float[2] y) {
-            y = If(c) <then_branch = t () => (float[2] a) { d = Constant<value_float = 1.0>() e = Neg(d) a = Neg(x) },
+            y = If(c) <then_branch = t () => (float[2] a) {
+                           d = Constant<value_float = 1.0>() e = Neg(d) a = Neg(x)
+                       },
                        else_branch = e () => (float[2] b) { b = Abs(x) }>
         }"""
     )
@@ -87,8 +90,8 @@ def test_outputs_that_stay(text: str, opset: int) -> None:
 
 def test_a_batch_norm_in_training_keeps_its_outputs() -> None:
     """Without them it would be read as inference in the operator sets before 14."""
-    text = "g (float[2, 3] x) => (float[2, 3] y) { y, m, v = BatchNormalization<training_mode = 1>(x, s, s, s, s) }"
-    model = build(text, 15, s=np.float32([1, 2, 3]))
+    body = "y, m, v = BatchNormalization<training_mode = 1>(x, s, s, s, s)"
+    model = build(f"g (float[2, 3] x) => (float[2, 3] y) {{ {body} }}", 15, s=np.float32([1, 2, 3]))
     assert refusal(model, RULE) == ""
     assert len(model.graph.node(0).outputs) == 3
 

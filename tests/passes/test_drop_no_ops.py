@@ -46,11 +46,15 @@ GONE: Mapping[str, tuple[str, str, Mapping[str, Array]]] = {
     "tile": ("Tile(a, r)", "2, 3", {"r": ints(1, 1)}),
     "slice": ("Slice(a, b, e)", "2, 3", {"b": ints(0, 0), "e": ints(2, 9)}),
     "slice from far before": ("Slice(a, b, e, k)", "2, 3", {"b": ints(-9), "e": ints(3), "k": ints(-1)}),
-    "slice of a dynamic axis": ("Slice(a, b, e, k)", "N, 3", {"b": ints(0), "e": ints(2**63 - 1), "k": ints(0)}),
+    "slice of a dynamic axis": (
+        "Slice(a, b, e, k)",
+        "N, 3",
+        {"b": ints(0), "e": ints(2**63 - 1), "k": ints(0)},
+    ),
     "squeeze": ("Squeeze(a)", "2, 3", {}),
     "flatten": ("Flatten(a)", "N, M", {}),
     "pad": ("Pad(a, p)", "2, 3", {"p": ints(0, 0, 0, 0)}),
-    "resize by scales": ("Resize<mode = \"linear\">(a, , s)", "1, 1, 3, 4", {"s": np.ones(4, np.float32)}),
+    "resize by scales": ('Resize<mode = "linear">(a, , s)', "1, 1, 3, 4", {"s": np.ones(4, np.float32)}),
     "resize to sizes": ("Resize(a, , , s)", "1, 1, 3, 4", {"s": ints(1, 1, 3, 4)}),
     "concat": ("Concat<axis = 0>(a)", "2, 3", {}),
     "split": ("Split(a)", "2, 3", {}),
@@ -89,7 +93,11 @@ STAYS: Mapping[str, tuple[str, str, Mapping[str, Array]]] = {
     "expand to more axes": ("Expand(a, s)", "2, 3", {"s": ints(1, 2, 3)}),
     "tile": ("Tile(a, r)", "2, 3", {"r": ints(1, 2)}),
     "slice": ("Slice(a, b, e)", "2, 3", {"b": ints(0, 1), "e": ints(2, 3)}),
-    "slice backwards": ("Slice(a, b, e, k, s)", "2, 3", {"b": ints(9), "e": ints(-9), "k": ints(1), "s": ints(-1)}),
+    "slice backwards": (
+        "Slice(a, b, e, k, s)",
+        "2, 3",
+        {"b": ints(9), "e": ints(-9), "k": ints(1), "s": ints(-1)},
+    ),
     "slice of a dynamic axis": ("Slice(a, b, e, k)", "N, 3", {"b": ints(0), "e": ints(3), "k": ints(0)}),
     "squeeze": ("Squeeze(a)", "2, 1, 3", {}),
     "flatten": ("Flatten<axis = 0>(a)", "2, 3", {}),
@@ -112,7 +120,11 @@ def test_stays(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "constant"),
-    [("2, 3", np.zeros((4, 1, 1), np.float32)), ("2, 1", np.zeros(3, np.float32)), ("2, M", np.zeros(3, np.float32))],
+    [
+        ("2, 3", np.zeros((4, 1, 1), np.float32)),
+        ("2, 1", np.zeros(3, np.float32)),
+        ("2, M", np.zeros(3, np.float32)),
+    ],
     ids=["more axes", "a longer axis", "perhaps a longer axis"],
 )
 def test_a_neutral_operand_that_may_enlarge(shape: str, constant: Array) -> None:

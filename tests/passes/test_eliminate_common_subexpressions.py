@@ -22,8 +22,11 @@ SHARED = "the repeated result is a graph output that cannot be shared"
         ("a = Neg(x) y = Neg(x)", ["Neg"]),
         ("a = Clip(x, , h) b = Clip(x, , h) y = Mul(a, b)", ["Clip", "Mul"]),
         ("a = Dropout(x) b = Dropout(x) y = Mul(a, b)", ["Dropout", "Mul"]),
-        ("s = Shape(x) a = ConstantOfShape<value = float[1] {2}>(s) b = ConstantOfShape<value = float[1] {2}>(s) "
-         "c = Sub(a, x) d = Mul(b, x) y = Mul(c, d)", ["Shape", "ConstantOfShape", "Sub", "Mul", "Mul"]),
+        (
+            "s = Shape(x) a = ConstantOfShape<value = float[1] {2}>(s) "
+            "b = ConstantOfShape<value = float[1] {2}>(s) c = Sub(a, x) d = Mul(b, x) y = Mul(c, d)",
+            ["Shape", "ConstantOfShape", "Sub", "Mul", "Mul"],
+        ),
     ],
 )
 def test_merged(body: str, left: list[str]) -> None:
@@ -137,6 +140,10 @@ def test_branches_do_not_see_each_other() -> None:
     assert refusal(model, RULE) == ""
 
 
-def test_loops_are_left_alone() -> None:
-    model = build("g (bool c, float[2] x) => (float[2] y) { y = If(c) <then_branch = t () => (float[2] a) { a = Neg(x) }, else_branch = e () => (float[2] b) { b = Abs(x) }> }")
+def test_what_has_a_body_is_left_alone() -> None:
+    branches = """then_branch = t () => (float[2] p) { p = Neg(x) },
+                  else_branch = e () => (float[2] q) { q = Abs(x) }"""
+    body = f"a = If(c) <{branches}> b = If(c) <{branches}> y = Mul(a, b)"
+    model = build(f"g (bool c, float[2] x) => (float[2] y) {{ {body} }}")
     assert not is_pure(model.graph.node(0))
+    assert refusal(model, RULE) == ""

@@ -76,7 +76,8 @@ def test_some_of_the_outputs() -> None:
 
 def test_amounts_computed_from_shapes() -> None:
     """How torch's older exporter writes a Pad: through Shape, ConstantOfShape and a reversed Slice."""
-    body = """n = Shape(p) k = Gather(n, zero) m = Sub(eight, k) z = ConstantOfShape<value = int64[1] {0}>(m) all = Concat<axis = 0>(p, z)
+    body = """n = Shape(p) k = Gather(n, zero) m = Sub(eight, k) z = ConstantOfShape<value = int64[1] {0}>(m)
+              all = Concat<axis = 0>(p, z)
               pairs = Reshape(all, by2) back = Slice(pairs, last, first, axis, step) turned = Transpose(back)
               amounts = Reshape(turned, flat) y = Pad(x, amounts)"""
     model = build(
@@ -98,7 +99,9 @@ def test_amounts_computed_from_shapes() -> None:
 
 def test_shapes_that_only_follow_from_folded_ones() -> None:
     """The grid is as large as a dimension says, which says how large the next one is."""
-    body = "s = Shape(x) n = Gather(s, i) g = Range(zero, n, one) h = Shape(g) k = Cast<to = 1>(h) y = Add(x, k)"
+    body = (
+        "s = Shape(x) n = Gather(s, i) g = Range(zero, n, one) h = Shape(g) k = Cast<to = 1>(h) y = Add(x, k)"
+    )
     weights = {"i": np.int64(1), "zero": np.int64(0), "one": np.int64(1)}
     after, _ = folded(build(f"g (float[N, 3] x) => (float[N, 3] y) {{ {body} }}", **weights))
     assert operators(after) == ["Add"]
@@ -180,8 +183,14 @@ def test_the_weights_never_grow_by_more_than_is_allowed(chain: list[str], reused
 @pytest.mark.parametrize(
     ("body", "weights"),
     [
-        ("a = DequantizeLinear(q, s, z) y = Add(x, a)", {"q": np.int8([[1, 2, 3]]), "s": np.float32(1), "z": np.int8(0)}),
-        ("q = QuantizeLinear(w, s, z) a = DequantizeLinear(q, s, z) y = Add(x, a)", {"w": W, "s": np.float32(1), "z": np.int8(0)}),
+        (
+            "a = DequantizeLinear(q, s, z) y = Add(x, a)",
+            {"q": np.int8([[1, 2, 3]]), "s": np.float32(1), "z": np.int8(0)},
+        ),
+        (
+            "q = QuantizeLinear(w, s, z) a = DequantizeLinear(q, s, z) y = Add(x, a)",
+            {"w": W, "s": np.float32(1), "z": np.int8(0)},
+        ),
     ],
 )
 def test_quantized_weights_stay_quantized(body: str, weights: Mapping[str, Array]) -> None:
@@ -190,7 +199,12 @@ def test_quantized_weights_stay_quantized(body: str, weights: Mapping[str, Array
 
 @pytest.mark.parametrize(
     "node",
-    ["RandomNormal<shape = [2, 3]>()", "RandomNormalLike(w)", "RandomUniformLike<seed = 1.0>(w)", "Dropout(w, r, t)"],
+    [
+        "RandomNormal<shape = [2, 3]>()",
+        "RandomNormalLike(w)",
+        "RandomUniformLike<seed = 1.0>(w)",
+        "Dropout(w, r, t)",
+    ],
 )
 def test_chance_is_not_folded(node: str) -> None:
     weights = {"w": W, "r": np.float32(0.5), "t": np.array(True)}
@@ -243,7 +257,8 @@ def test_one_that_cannot_be_computed_does_not_stop_the_others() -> None:
 
 def test_a_size_nobody_knows() -> None:
     """A range of a length that only its run tells is left to that run."""
-    body = "i = NonZero(w) k = ReduceSum<keepdims = 0>(i) r = Range(zero, k, one) c = Cast<to = 1>(r) y = Add(x, c)"
+    body = """i = NonZero(w) k = ReduceSum<keepdims = 0>(i) r = Range(zero, k, one) c = Cast<to = 1>(r)
+              y = Add(x, c)"""
     weights = {"w": np.float32([0, 1, 0, 1]), "zero": np.int64(0), "one": np.int64(1)}
     model = build(f"g (float[1] x) => (float[] y) {{ {body} }}", **weights)
     after, _ = folded(model)

@@ -36,7 +36,10 @@ def counted(body: str, shape: str = "N, 3, 4", **weights: Array) -> ir.Model:
         ("a = Shape(x) s = Gather(a, j)", ints(4, 3)),
         ("a = Shape(x) s = Slice(a, b, e)", ints(3, 4)),
         ("a = Shape(x) c = Cast<to = 6>(a) d = Gather(c, j) s = Cast<to = 7>(d)", ints(4, 3)),
-        ("a = Shape(x) d = Gather(a, i) u = Unsqueeze(d, z) f = Identity(u) s = Concat<axis = 0>(f, j)", ints(3, 2, 1)),
+        (
+            "a = Shape(x) d = Gather(a, i) u = Unsqueeze(d, z) f = Identity(u) s = Concat<axis = 0>(f, j)",
+            ints(3, 2, 1),
+        ),
         ("a = Shape(x) d = Slice(a, b, k) s = Squeeze(d)", np.int64(3)),
         ("a = Shape(x) d = Gather(a, i) s = Reshape(d, b)", ints(3)),
         ("a = Shape(x) r = Shape(a) s = Squeeze(r)", np.int64(3)),

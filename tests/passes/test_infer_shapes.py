@@ -22,7 +22,10 @@ def plain(text: str, **weights: np.ndarray) -> ir.Model:
 
 
 def test_shapes_and_types() -> None:
-    model = plain("g (float[N, 3] x) => (float[N, 5] y) { a = MatMul(x, w) i = Cast<to = 6>(a) y = Cast<to = 1>(i) }", w=np.zeros((3, 5), np.float32))
+    model = plain(
+        "g (float[N, 3] x) => (float[N, 5] y) { a = MatMul(x, w) i = Cast<to = 6>(a) y = Cast<to = 1>(i) }",
+        w=np.zeros((3, 5), np.float32),
+    )
     after, outcome = rewritten(model, InferShapes())
     assert outcome.edits == 2  # the output already declares its own
     assert shapes(after.graph) == {"a": "[N,5]", "i": "[N,5]", "y": "[N,5]"}
@@ -31,7 +34,9 @@ def test_shapes_and_types() -> None:
 
 def test_values_that_shapes_are_computed_from() -> None:
     body = "s = Shape(x) n = Gather(s, zero) t = Concat<axis = 0>(n, rest) a = Reshape(x, t) y = Neg(a)"
-    model = plain(f"g (float[4, 2, 3] x) => (float[A, B] y) {{ {body} }}", zero=np.int64([0]), rest=np.int64([-1]))
+    model = plain(
+        f"g (float[4, 2, 3] x) => (float[A, B] y) {{ {body} }}", zero=np.int64([0]), rest=np.int64([-1])
+    )
     infer_shapes(model)
     assert shapes(model.graph)["a"] == "[4,6]"
 
@@ -88,7 +93,10 @@ def test_a_foreign_operator_keeps_its_note() -> None:
 
 
 def test_large_weights_are_not_copied() -> None:
-    model = plain("g (float[N, 300] x) => (float[A, B] y) { a = MatMul(x, w) y = Neg(a) }", w=np.zeros((300, 400), np.float32))
+    model = plain(
+        "g (float[N, 300] x) => (float[A, B] y) { a = MatMul(x, w) y = Neg(a) }",
+        w=np.zeros((300, 400), np.float32),
+    )
     tensor = model.graph.initializers["w"].const_value
     infer_shapes(model)
     assert model.graph.initializers["w"].const_value is tensor
@@ -107,7 +115,8 @@ def test_small_weights_outside_the_file(tmp_path: Path) -> None:
 
 def test_what_inference_cannot_handle_stays_unknown() -> None:
     """The product does not fit; what does not depend on it is known."""
-    model = plain("g (float[2, 3] x) => (float[A, B] y, float[C, D] z) { a = MatMul(x, x) y = Neg(a) b = Neg(x) z = Neg(b) }")
+    body = "a = MatMul(x, x) y = Neg(a) b = Neg(x) z = Neg(b)"
+    model = plain(f"g (float[2, 3] x) => (float[A, B] y, float[C, D] z) {{ {body} }}")
     infer_shapes(model)
     assert model.graph.node(0).outputs[0].shape is None
     assert shapes(model.graph)["b"] == "[2,3]"

@@ -20,7 +20,9 @@ def chosen(then: str, other: str, rest: str = "y = Neg(i)", head: str = "o = Abs
     return f"g (float[2] x) => (float[2] y) {{ {head} i = If(c) <{branches}> {rest} }}"
 
 
-@pytest.mark.parametrize(("condition", "taken"), [(TRUE, ["Exp", "Sqrt"]), (FALSE, ["Sin"]), (np.array([True]), ["Exp", "Sqrt"])])
+@pytest.mark.parametrize(
+    ("condition", "taken"), [(TRUE, ["Exp", "Sqrt"]), (FALSE, ["Sin"]), (np.array([True]), ["Exp", "Sqrt"])]
+)
 def test_the_branch_that_is_taken(condition: np.ndarray, taken: list[str]) -> None:
     model = build(chosen("k = Exp(o) a = Sqrt(k)", "b = Sin(o)"), c=condition)
     after, outcome = rewritten(model, RULE)
@@ -30,8 +32,11 @@ def test_the_branch_that_is_taken(condition: np.ndarray, taken: list[str]) -> No
 
 
 def test_a_result_that_is_an_output_takes_over_the_name() -> None:
-    model = build("g (float[2] x) => (float[2] y) { y = If(c) <then_branch = t () => (float[2] a) { a = Exp(x) }, else_branch = e () => (float[2] b) { b = Sin(x) }> }", c=TRUE)
-    after, _ = rewritten(model, RULE)
+    text = """g (float[2] x) => (float[2] y) {
+        y = If(c) <then_branch = t () => (float[2] a) { a = Exp(x) },
+                   else_branch = e () => (float[2] b) { b = Sin(x) }>
+    }"""
+    after, _ = rewritten(build(text, c=TRUE), RULE)
     assert operators(after) == ["Exp"]
 
 
@@ -51,7 +56,8 @@ def test_weights_of_the_branch_come_along() -> None:
 
 
 def test_nested() -> None:
-    inner = "a = If(d) <then_branch = p () => (float[2] q) { q = Exp(o) }, else_branch = r () => (float[2] s) { s = Sin(o) }>"
+    inner = """a = If(d) <then_branch = p () => (float[2] q) { q = Exp(o) },
+                          else_branch = r () => (float[2] s) { s = Sin(o) }>"""
     model = build(chosen(inner, "b = Cos(o)"), c=TRUE, d=FALSE)
     after, outcome = rewritten(model, RULE)
     assert operators(after) == ["Abs", "Sin", "Neg"]
@@ -61,8 +67,10 @@ def test_nested() -> None:
 def test_names_that_another_body_uses_too() -> None:
     """Bodies side by side may use the same names; a body and the graph around it had better not."""
     text = """g (float[2] x, bool u) => (float[2] y) {
-        i = If(c) <then_branch = t () => (float[2] a) { k = Exp(x) a = Sqrt(k) }, else_branch = e () => (float[2] b) { b = Sin(x) }>
-        j = If(u) <then_branch = p () => (float[2] q) { k = Cos(x) q = Neg(k) }, else_branch = r () => (float[2] s) { s = Sin(x) }>
+        i = If(c) <then_branch = t () => (float[2] a) { k = Exp(x) a = Sqrt(k) },
+                   else_branch = e () => (float[2] b) { b = Sin(x) }>
+        j = If(u) <then_branch = p () => (float[2] q) { k = Cos(x) q = Neg(k) },
+                   else_branch = r () => (float[2] s) { s = Sin(x) }>
         y = Add(i, j)
     }"""
     model = build(text, c=TRUE)

@@ -27,7 +27,9 @@ RULE = LiftConstants()
     ],
 )
 def test_numbers(attribute: str, expected: Array) -> None:
-    model = build(f"g (float[2] x) => (float[2] y) {{ c = Constant<{attribute}>() f = Cast<to = 1>(c) y = Add(x, f) }}")
+    model = build(
+        f"g (float[2] x) => (float[2] y) {{ c = Constant<{attribute}>() f = Cast<to = 1>(c) y = Add(x, f) }}"
+    )
     after, outcome = rewritten(model, RULE)
     assert outcome.edits == 1
     assert operators(after) == ["Cast", "Add"]
@@ -66,12 +68,16 @@ def test_inside_a_branch() -> None:
 
 
 def test_a_graph_output_stays() -> None:
-    model = build("g (float[2] x) => (float[2] y, float c) { c = Constant<value_float = 2.0>() y = Mul(x, c) }")
+    model = build(
+        "g (float[2] x) => (float[2] y, float c) { c = Constant<value_float = 2.0>() y = Mul(x, c) }"
+    )
     assert refusal(model, RULE) == "the constant is a graph output"
 
 
 def test_a_sparse_constant_stays() -> None:
-    model = build("g (float[2] x) => (float[2] y) { c = Constant<value_float = 2.0>() y = Mul(x, c) }", shapes=False)
+    model = build(
+        "g (float[2] x) => (float[2] y) { c = Constant<value_float = 2.0>() y = Mul(x, c) }", shapes=False
+    )
     node = model.graph.node(0)
     node.attributes.clear()
     values = onnx.helper.make_tensor("v", onnx.TensorProto.FLOAT, [1], [2.0])
@@ -91,7 +97,9 @@ def test_a_file_whose_weights_must_be_inputs_is_left_alone() -> None:
 
 def test_a_clone_keeps_the_names_of_its_tensors() -> None:
     """Saving an initializer writes into its tensor: that of the clone must be another one."""
-    model = build("g (float[2] x) => (float[2] y) { c = Constant<value = float[2] k {1, 2}>() y = Mul(x, c) }")
+    model = build(
+        "g (float[2] x) => (float[2] y) { c = Constant<value = float[2] k {1, 2}>() y = Mul(x, c) }"
+    )
     after = model.clone()
     RULE.apply(after)
     ir.to_proto(after)

@@ -46,7 +46,9 @@ def test_a_reshape_of_the_reshaped(first: str, shape: str, target: Array, merged
 
 def test_the_first_stays_for_its_other_users() -> None:
     body = "a = Flatten(x) y = Reshape(a, s) z = Neg(a)"
-    after, _ = rewritten(build(f"g (float[2, 3, 4] x) => (float[] y, float[] z) {{ {body} }}", s=ints(24)), RULE)
+    after, _ = rewritten(
+        build(f"g (float[2, 3, 4] x) => (float[] y, float[] z) {{ {body} }}", s=ints(24)), RULE
+    )
     assert operators(after) == ["Flatten", "Reshape", "Neg"]
 
 
@@ -60,7 +62,9 @@ def test_the_first_stays_for_its_other_users() -> None:
 )
 def test_inverse_pairs(body: str, shape: str) -> None:
     weights = {"k": ints(1), "l": ints(1)} if "l)" in body else {"k": ints(1)}
-    after, _ = rewritten(build(f"g (float[{shape}] x) => (float[] y) {{ {body} y = Neg(b) }}", **weights), RULE)
+    after, _ = rewritten(
+        build(f"g (float[{shape}] x) => (float[] y) {{ {body} y = Neg(b) }}", **weights), RULE
+    )
     assert operators(after) == ["Neg"]
 
 
