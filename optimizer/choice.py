@@ -8,6 +8,7 @@ from edgewise.optimizer.report import Candidate
 from edgewise.runtime.latency import LatencyReport, Ratio
 
 INPUT = "input"
+_WORST = 0.9  # a speed-up whose interval reaches below this was not shown to be none the slower
 
 
 def choose(sizes: Mapping[str, int], latency: LatencyReport | None) -> tuple[Candidate, ...]:
@@ -49,19 +50,23 @@ def _taken_back(
         return "could not be measured against the input"
     if ratios[name].verdict == "slower":
         return "slower than the input on this target"
-    if ratios[name].verdict != "faster" and sizes[name] > sizes[INPUT]:
+    if ratios[name].verdict == "faster":
+        return ""
+    if ratios[name].low < _WORST:
+        return "the measurement was too noisy to rule out that it is slower"
+    if sizes[name] > sizes[INPUT]:
         return "neither faster nor smaller than the input"
     return ""
 
 
 def _best(names: list[str], sizes: Mapping[str, int], ratios: Mapping[str, Ratio]) -> str:
-    """The fastest; among those whose intervals overlap with the fastest's, the smallest."""
+    """The one that is fastest at the least; of its equals, whose intervals overlap, the smallest."""
     measured = [name for name in names if name in ratios]
     if not measured:
         return INPUT
-    fastest = max(measured, key=lambda name: ratios[name].speedup)
-    rivals = [name for name in measured if ratios[name].high >= ratios[fastest].low]
-    return min(rivals, key=lambda name: sizes[name])
+    best = ratios[max(measured, key=lambda name: ratios[name].low)]
+    equals = [n for n in measured if ratios[n].high >= best.low and ratios[n].verdict == best.verdict]
+    return min(equals, key=lambda name: sizes[name])
 
 
 def _praise(name: str, chosen: str, ratios: Mapping[str, Ratio]) -> str:

@@ -59,5 +59,5 @@ def demo(folder: Path, *, recipe: Recipe | None = None, progress: Progress = no_
     )
     original = files.load(exported)
     test = from_arrays({"image": digits.test_images}, input_specs(original), labels=digits.test_labels)
-    accuracy = Judge(original, test, "top1", 0.0, None).verdict(files.load(output))
+    accuracy, _ = Judge(original, test, "top1", 0.0, None).verdict(files.load(output))
     return DemoReport(str(exported), str(samples), str(output), str(folder / "report"), report, accuracy)

@@ -21,7 +21,7 @@ from edgewise.optimizer.choice import INPUT, choose
 from edgewise.optimizer.comparison import Difference, differences
 from edgewise.optimizer.int8 import calibrate_for_int8, quantize_step, split
 from edgewise.optimizer.judge import Judge
-from edgewise.optimizer.optimization import as_samples, measure_files, save_stamped, stamp_of
+from edgewise.optimizer.optimization import RANDOM, as_samples, measure_files, save_stamped, stamp_of
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes
 from edgewise.optimizer.probe import is_batched, probe_feeds
 from edgewise.optimizer.recipe import Quantize, Recipe
@@ -55,7 +55,6 @@ _SEEDED = (
     "seeded noise went in, nothing like real inputs: pass samples with --data for differences that count"
 )
 _NOTHING_PRUNED = "every channel is needed: none was removed"
-_RANDOM = "the samples are random data: ranges and scores say nothing about real inputs"
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class _Job:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (_RANDOM,) if self.samples is not None and self.samples.random else ()
+        return (RANDOM,) if self.samples is not None and self.samples.random else ()
 
 
 def _start(
@@ -254,14 +253,15 @@ def _write(
     paths = {INPUT: job.path, name: output}
     sizes = {key: files.file_bytes(path) for key, path in paths.items()}
     latency = measure_files(paths, job.reference.feeds[0], job.recipe, progress)
+    score, found = (None, ()) if judge is None else judge.verdict(result)
     return Report(
         version=VERSION,
         input=facts_of(job.original, job.path, digest, sizes[INPUT]),
         output=facts_of(result, output, files.sha256(output), sizes[name]),
         recipe=job.recipe.model_dump(mode="json"),
         steps=job.steps,
-        differences=() if judge is None else judge.differences(result),
-        score=None if judge is None else judge.verdict(result),
+        differences=found,
+        score=score,
         candidates=tuple(dataclasses.replace(c, chosen=c.name == name) for c in choose(sizes, latency)),
         latency=latency,
         table=None if table is None else table.digest,
@@ -398,13 +398,14 @@ def compare(
         found = differences(*outputs)
         return Comparison(str(first), str(second), f"{len(feeds)} seeded inputs", found, notes=(_SEEDED,))
     judge = Judge(expected, samples, metric, 0.0, threads)
+    score, found = judge.verdict(actual)
     return Comparison(
         first=str(first),
         second=str(second),
         inputs=f"{len(samples)} samples of {samples.source}",
-        differences=judge.differences(actual),
-        score=judge.verdict(actual),
-        notes=(_RANDOM,) if samples.random else (),
+        differences=found,
+        score=score,
+        notes=(RANDOM,) if samples.random else (),
     )
 
 

@@ -45,10 +45,9 @@ class Judge:
         outputs = run_all(model, self.samples, threads=self._threads)
         return self.metric.score(outputs, self._original, self.samples.labels)
 
-    def verdict(self, model: ir.Model) -> Score:
-        """The score of `model` beside the original's and the bound."""
-        return Score(self.metric.name, self.before, self.score(model), self.allowed, len(self.samples))
-
-    def differences(self, model: ir.Model) -> tuple[Difference, ...]:
-        """How far the outputs of `model` are from the original's, over all samples."""
-        return differences([self._original], [run_all(model, self.samples, threads=self._threads)])
+    def verdict(self, model: ir.Model) -> tuple[Score, tuple[Difference, ...]]:
+        """The score of `model` beside the original's, and how far its outputs are from the original's."""
+        outputs = run_all(model, self.samples, threads=self._threads)
+        after = self.metric.score(outputs, self._original, self.samples.labels)
+        score = Score(self.metric.name, self.before, after, self.allowed, len(self.samples))
+        return score, differences([self._original], [outputs])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ _NO_SAMPLES = (
     "no samples were given, so only exact passes ran: with --data (unlabelled samples are enough) static "
     "int8 can be calibrated and judged, and every step is checked on real inputs"
 )
-_RANDOM = "the samples are random data: ranges and scores say nothing about real inputs"
+RANDOM = "the samples are random data: ranges and scores say nothing about real inputs"
 
 
 def optimize(
@@ -108,7 +107,7 @@ def _make(original: ir.Model, samples: Samples | None, recipe: Recipe, progress:
         models[EXACT] = exact
     if samples is None:
         return _Made(models, steps, reference.feeds, notes=(_NO_SAMPLES,))
-    notes = (_RANDOM,) if samples.random else ()
+    notes = (RANDOM,) if samples.random else ()
     if recipe.quantize is None:
         judge = Judge(original, samples, recipe.metric, recipe.max_drop, recipe.threads)
         return _Made(models, steps, reference.feeds, judge, notes=notes)
@@ -145,15 +144,15 @@ def _choose_and_write(
     candidates = choose({name: files.file_bytes(p) for name, p in paths.items()}, latency)
     chosen = next(c.name for c in candidates if c.chosen)
     save_stamped(made.models[chosen], stamp, output, force=force)
-    judge = made.judge
+    score, found = (None, ()) if made.judge is None else made.judge.verdict(made.models[chosen])
     return Report(
         version=VERSION,
         input=facts_of(made.models[INPUT], path, files.sha256(path), files.file_bytes(path)),
         output=facts_of(made.models[chosen], output, files.sha256(output), files.file_bytes(output)),
         recipe=recipe.model_dump(mode="json"),
         steps=made.steps,
-        differences=() if judge is None else judge.differences(made.models[chosen]),
-        score=None if judge is None else judge.verdict(made.models[chosen]),
+        differences=found,
+        score=score,
         candidates=candidates,
         latency=latency,
         table=stamp.get("edgewise.table"),
@@ -185,10 +184,13 @@ def measure_files(
 
 
 def stamp_of(recipe: Recipe, sha256: str, table: CalibrationTable | None) -> dict[str, str]:
-    """What the output says of its making, as ONNX metadata."""
+    """What the output says of its making, as ONNX metadata.
+
+    The recipe is written without what is the default of the version beside it, to weigh little.
+    """
     stamp = {
         "edgewise.version": VERSION,
-        "edgewise.recipe": json.dumps(recipe.model_dump(mode="json"), separators=(",", ":")),
+        "edgewise.recipe": recipe.model_dump_json(exclude_defaults=True),
         "edgewise.input.sha256": sha256,
     }
     if table is not None:

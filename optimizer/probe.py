@@ -38,13 +38,15 @@ def is_batched(spec: TensorSpec) -> bool:
 
 
 def _seeded(model: ir.Model, specs: Sequence[TensorSpec], seed: int) -> tuple[Feed, ...]:
-    """Two seeds at the first size that runs; open dimensions behind the batch get the size, it gets two."""
+    """One sample, and two where the batch is open, at the first size that runs for the other dimensions."""
     evaluator = Evaluator(model)
     problem = ""
     for size in _SIZES if any(_is_open(spec) for spec in specs) else (1,):
-        for batch in (2, 1) if any(is_batched(spec) for spec in specs) else (1,):
-            shaped = [_with_batch(spec, batch) for spec in specs]
-            feeds = tuple(seeded_feed(shaped, seed + i, size) for i in range(_SAMPLES))
+        for batches in ((1, 2), (1, 1)):
+            feeds = tuple(
+                seeded_feed([_with_batch(spec, batch) for spec in specs], seed + i, size)
+                for i, batch in enumerate(batches)
+            )
             try:
                 for feed in feeds:
                     evaluator.run(feed)

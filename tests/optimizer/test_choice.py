@@ -54,6 +54,12 @@ CASES = {
     ),
     "no difference and smaller": ({"exact": (1.0, 0.97, 1.03)}, (100, 90), "exact"),
     "no difference and larger": ({"exact": (1.0, 0.97, 1.03)}, (100, 101), "input"),
+    "too noisy to tell": ({"exact": (1.1, 0.5, 2.4)}, (100, 90), "input"),
+    "proven faster beats a lucky guess": (
+        {"exact": (1.3, 1.2, 1.4), "int8": (1.9, 0.91, 9.0)},
+        (100, 100, 30),
+        "exact",
+    ),
     "faster and larger": ({"exact": (1.5, 1.4, 1.6)}, (100, 120), "exact"),
     "not faster than the input, smaller than it, beside a faster one": (
         {"exact": (1.5, 1.4, 1.6), "int8": (1.0, 0.95, 1.05)},
