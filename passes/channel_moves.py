@@ -53,8 +53,7 @@ def _cut_shape(view: NodeView, index: int, keep: Keep) -> None:
     sizes = np.array(given)
     for axis, size in enumerate(given):
         kept = keep(view.out(axis))
-        if kept is not None and size != -1:
-            sizes[axis] = len(kept)
+        sizes[axis] = size if kept is None else len(kept)
     if not np.array_equal(sizes, given):
         set_constant(view.node, index, sizes, "shape")
 

@@ -292,10 +292,11 @@ def _families(links: Sequence[Link], quotas: Sequence[Quota]) -> Iterator[tuple[
         yield family, own[top]
 
 
-def _is_cuttable(slots: Iterable[Slot], quotas: Sequence[Quota]) -> bool:
-    """Whether weights would shrink with the slots; pixels and batches have none."""
+def _is_cuttable(slots: Sequence[Slot], quotas: Sequence[Quota]) -> bool:
+    """Whether weights would shrink with the slots, all of known size; pixels and batches have none."""
     grouped = {slot for quota in quotas for slot in (quota.inputs, quota.outputs)}
-    return any(slot.use is not None or slot in grouped for slot in slots)
+    shrink = any(slot.use is not None or slot in grouped for slot in slots)
+    return shrink and all(isinstance(dims_of(slot.value)[slot.axis], int) for slot in slots)
 
 
 def _group(slots: Sequence[Slot], links: Sequence[Link], blocks: _Blocks) -> ChannelGroup:
@@ -330,11 +331,13 @@ def _components(size: int, heads: Indices, tails: Indices) -> Indices:
 
 
 def _excess(leaving: Mask, staying: Mask) -> Indices:
-    """The flat indices that a grouped convolution cannot lose; `leaving` is [group, index of the group]."""
+    """The flat indices that a grouped convolution cannot lose; `leaving` is [group, index of the group].
+
+    Not all of a slot leaves, so the group that loses least keeps an index, and with it every other.
+    """
     if not staying.any():
         return np.empty(0, np.int64)
-    even = min(leaving[staying].sum(1).min(), leaving.shape[1] - 1)
-    too_many = leaving.sum(1, keepdims=True) - even
+    too_many = leaving.sum(1, keepdims=True) - leaving[staying].sum(1).min()
     return np.flatnonzero(leaving & (np.cumsum(leaving, axis=1) <= too_many) & staying[:, np.newaxis])
 
 

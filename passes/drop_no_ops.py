@@ -80,7 +80,7 @@ def _dropout(node: ir.Node) -> ir.Value | None:
 
 def _cast(node: ir.Node) -> ir.Value | None:
     source = node.inputs[0]
-    return _if(source is not None and source.dtype == ir.DataType(attribute(node, "to")), node)
+    return _if(source is not None and source.dtype == attribute(node, "to"), node)
 
 
 def _cast_like(node: ir.Node) -> ir.Value | None:

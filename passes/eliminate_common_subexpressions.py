@@ -18,6 +18,8 @@ from edgewise.passes.purity import is_pure
 # merged as initializers.
 _LEFT_ALONE = frozenset({"QuantizeLinear", "DequantizeLinear", "Constant"})
 
+_SMALL = 1024  # bytes: an axis, a shape, a scale; equal ones need not be the same initializer
+
 Seen = ChainMap[Hashable, ir.Node]
 
 
@@ -63,7 +65,14 @@ def _expression(node: ir.Node) -> Hashable:
     """Equal for two nodes exactly if they compute the same, and leave out the same optional outputs."""
     attributes = frozenset((name, attr.type, _hashable(attr)) for name, attr in node.attributes.items())
     present = tuple(bool(v.name) for v in node.outputs)
-    return (node.op_identifier(), tuple(node.inputs), attributes, present)
+    return (node.op_identifier(), tuple(map(_operand, node.inputs)), attributes, present)
+
+
+def _operand(value: ir.Value | None) -> Hashable:
+    """A value is equal to itself, and to others where they are small constants of the same content."""
+    if value is None or value.is_graph_input() or value.const_value is None:
+        return value
+    return content_key(value.const_value) if value.const_value.nbytes <= _SMALL else value
 
 
 def _hashable(attr: ir.Attr) -> Hashable:

@@ -43,7 +43,7 @@ class MergeReshapes(Rule):
             return False
         if node.op_type != "Reshape":
             return _cancel(first, node)
-        target = constant_of(node.inputs[1])
+        target = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
         if first.op_type not in _RESHAPING or target is None:
             return False
         copies = not attribute(node, "allowzero", 0)

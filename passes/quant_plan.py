@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +19,8 @@ LIMITS: Mapping[str, tuple[int, int]] = MappingProxyType(
 
 FORMS = ("int8", "integer", "folded", "float")
 """What becomes of a node, see `NodePlan`."""
+
+_SMALLEST, _LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,16 @@ def _check_value(value: ValuePlan) -> None:
     if value.dtype not in LIMITS:
         raise InputError(f"{where}: type {value.dtype!r} is none of {tuple(LIMITS)}")
     low, high = LIMITS[value.dtype]
-    if not low <= value.zero_point <= high:
+    if not isinstance(value.zero_point, int) or not low <= value.zero_point <= high:
         raise InputError(f"{where}: zero point {value.zero_point} is not in {low}..{high}")
     if value.dtype == "int32":
         return
-    if not value.scale or not all(0 < np.float32(s) < math.inf for s in value.scale):
+    if not value.scale or not all(_SMALLEST <= s <= _LARGEST for s in value.scale):
         raise InputError(f"{where}: a scale has to be a positive float32")
     if value.axis is None and len(value.scale) != 1:
         raise InputError(f"{where}: {len(value.scale)} scales need an axis")
+    if value.axis is not None and not isinstance(value.axis, int):
+        raise InputError(f"{where}: axis {value.axis!r} is no number")
 
 
 def _value(entry: Mapping[str, Any]) -> ValuePlan:

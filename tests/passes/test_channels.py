@@ -113,6 +113,11 @@ def group_of(model: ir.Model, name: str, axis: int = 1) -> ChannelGroup:
     return found
 
 
+def group_in(graph: ChannelGraph, name: str) -> ChannelGroup:
+    """The group of axis 1 of a value."""
+    return next(group for slot, group in graph.home.items() if (slot.value.name, slot.axis) == (name, 1))
+
+
 def slices(group: ChannelGroup, channel: int) -> dict[tuple[str | None, int], list[int]]:
     """What leaves with a channel, by name and axis."""
     return {(value.name, axis): indices.tolist() for value, axis, indices in group.slices(channel)}
@@ -205,7 +210,7 @@ def test_groups_of_a_convolution_stay_equal() -> None:
         w3=np.ones((2, 4, 1, 1), np.float32),
     )
     graph = ChannelGraph.of(model.graph, OPSET)
-    group = {v: next(g for s, g in graph.home.items() if s.value.name == v) for v in "ab"}
+    group = {v: group_in(graph, v) for v in "ab"}
     none = {g: np.zeros(g.size, np.bool_) for g in graph.groups}
     uneven = none | {group["a"]: cut_in(group["a"], "a", 0, 2, 4)}
     assert (graph.settle(uneven)[group["a"]] == cut_in(group["a"], "a", 2, 4)).all()
@@ -217,6 +222,29 @@ def test_groups_of_a_convolution_stay_equal() -> None:
     graph.remove(graph.settle(whole))
     grouped = model.graph.node(1)
     assert (attribute(grouped, "group"), grouped.inputs[1].shape) == (1, (2, 2, 1, 1))
+
+
+@given(st.lists(st.booleans(), min_size=12, max_size=12), st.integers(1, 4))
+@settings(deadline=None, max_examples=60)
+def test_two_quotas_on_one_value(wanted: list[bool], multiple: int) -> None:
+    """Halves of six for the layer in front, thirds of four for the one behind: settling one unsettles both."""
+    model = build(
+        "g (float[N, 3, 4, 4] x) => (float[] y) "
+        "{ i = Conv(x, w0) a = Conv<group = 2>(i, w1) b = Conv<group = 3>(a, w2) y = Conv(b, w3) }",
+        w0=np.ones((4, 3, 1, 1), np.float32),
+        w1=np.ones((12, 2, 1, 1), np.float32),
+        w2=np.ones((6, 4, 1, 1), np.float32),
+        w3=np.ones((2, 6, 1, 1), np.float32),
+    )
+    graph = ChannelGraph.of(model.graph, OPSET)
+    none = {g: np.zeros(g.size, np.bool_) for g in graph.groups}
+    group = group_in(graph, "a")
+    settled = graph.settle(none | {group: np.array(wanted)}, multiple)
+    leaving = settled[group][group.members[next(s for s in group.members if s.value.name == "a")]]
+    for groups in (2, 3):
+        assert len(set(leaving.reshape(groups, -1).sum(1).tolist())) == 1
+    assert (12 - leaving.sum()) % multiple == 0
+    assert all((graph.settle(settled)[g] == cut).all() for g, cut in settled.items())
 
 
 def without(graph: ChannelGraph, cuts: dict[ChannelGroup, Array]) -> None:

@@ -195,6 +195,13 @@ def test_between_an_input_and_an_output() -> None:
     assert refusal(build("g (float[2] x) => (float[2] y) { y = Dropout(x) }"), RULE) == FIXED
 
 
+def test_forms_of_old_operator_sets() -> None:
+    """Where amounts are attributes, they are left to the upgrade."""
+    body = "a = Pad<pads = [0, 0]>(x) b = Slice<starts = [0], ends = [9]>(a) y = Dropout<ratio = 0.3>(b)"
+    after, _ = rewritten(build(f"g (float[2] x) => (float[2] y) {{ {body} }}", 9), RULE)
+    assert operators(after) == ["Pad", "Slice"]
+
+
 def test_a_domain_that_is_not_the_standard() -> None:
     model = build("g (float[2] x) => (float[2] y) { a = Neg(x) y = Relu(a) }")
     model.graph.node(1).domain = "custom"

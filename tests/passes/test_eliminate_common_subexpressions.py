@@ -66,6 +66,22 @@ def test_chance(node: str) -> None:
     assert refusal(model, RULE) == ""
 
 
+def test_equal_small_constants() -> None:
+    body = "a = Reshape(x, s) b = Reshape(x, t) c = Neg(a) y = Mul(c, b)"
+    shape = np.int64([3, 2])
+    model = build(f"g (float[2, 3] x) => (float[] y) {{ {body} }}", s=shape, t=shape)
+    after, _ = rewritten(model, RULE)
+    assert operators(after) == ["Reshape", "Neg", "Mul"]
+    assert list(after.graph.initializers) == ["s"]
+
+
+def test_a_constant_that_may_be_overridden() -> None:
+    body = "a = Reshape(x, s) b = Reshape(x, t) c = Neg(a) y = Mul(c, b)"
+    shape = np.int64([3, 2])
+    model = build(f"g (float[2, 3] x, int64[2] t) => (float[A, B] y) {{ {body} }}", s=shape, t=shape)
+    assert refusal(model, RULE) == ""
+
+
 def test_a_domain_of_which_nothing_is_known() -> None:
     model = build("g (float[2] x) => (float[2] y) { a = Neg(x) b = Neg(x) y = Mul(a, b) }")
     for node in list(model.graph)[:2]:

@@ -311,6 +311,21 @@ def by_output(model: ir.Model, name: str) -> ir.Node:
     return node
 
 
+def test_constants_out_of_a_dense_layer() -> None:
+    """Rows of zero: what comes out is beta times the bias."""
+    first = floats(6, 8)
+    first[:, ZERO] = 0
+    model = build(
+        "g (float[N, 6] x) => (float[] y) { a = Gemm<alpha = 0.5, beta = 3.0>(x, w, k) y = Gemm(a, v) }",
+        w=first,
+        k=floats(8),
+        v=floats(8, 4),
+    )
+    after, outcome = rewritten(model, PASS)
+    assert outcome.edits == 3
+    assert widths(after)["v"] == (5, 4)
+
+
 def test_into_a_matmul_from_the_right() -> None:
     """Constants of rows, when the constant matrix is the first factor."""
     model = build(
@@ -408,6 +423,27 @@ def test_a_cascade_reaches_the_front() -> None:
     after, outcome = rewritten(model, PASS)
     assert outcome.edits == 21
     assert widths(after)["w1"] == (1, 3, 3, 3)
+
+
+def test_what_stays_keeps_its_numbers() -> None:
+    """Nobody reads any channel of b. One has to stay, and with it all that it is computed from."""
+    last = np.zeros((4, 8, 1, 1), np.float32)
+    model = net("b = Conv(a, wm)", w1=floats(8, 3, 3, 3), b1=floats(8), wm=floats(8, 8, 1, 1), w2=last)
+    after, outcome = rewritten(model, PASS)
+    assert outcome.edits == 7
+    assert widths(after)["wm"] == (1, 8, 1, 1)
+
+
+def test_what_stays_for_an_early_reader_keeps_its_numbers() -> None:
+    """Of the sum nobody reads channel 0; in front of it somebody does, so both of its terms stay whole."""
+    last = floats(4, 8, 1, 1)
+    last[:, 0] = 0
+    term = np.eye(8, dtype=np.float32).reshape(8, 8, 1, 1)
+    middle = (
+        "e = Conv(a, we) h = Conv<pads = [1, 1, 1, 1]>(x, w1) t = Conv(h, wt) s = Add(a, t) d = Conv(s, w2)"
+    )
+    weights = {"w1": floats(8, 3, 3, 3), "b1": floats(8), "we": floats(4, 8, 1, 1), "wt": term, "w2": last}
+    assert refusal(net(middle, "y = Add(d, e)", **weights), PASS) == ""
 
 
 def test_the_last_channel_stays() -> None:
@@ -563,6 +599,7 @@ UNREAD = floats(2, 3, 1, 1) * np.array([0, 1, 1], np.float32).reshape(1, 3, 1, 1
 REFUSED = [
     ("Softmax", net("b = Softmax<axis = 1>(a)")),
     ("Softmax", net("b = Softmax<axis = 1>(a)", opset=12)),
+    ("Softmax", net("b = Softmax<axis = 0>(a)", opset=12)),
     ("LRN", net("b = LRN<size = 3>(a)")),
     ("ArgMax", net("b = Relu(a) m = ArgMax<axis = 1>(b)")),
     ("ReduceMean", net("b = ReduceMean<axes = [1]>(a)", "y = Conv(b, w2)", 17, w2=floats(4, 1, 1, 1))),
@@ -577,6 +614,10 @@ REFUSED = [
     ("Reshape", net("b = Reshape(a, s)", "y = Relu(b)", s=ints(-1, 8, 8))),
     ("Reshape to a computed shape", fed("b = Reshape(a, s)", "int64[4] s")),
     ("Shape", net("b = Relu(a) s = Shape(a) k = Neg(s)")),
+    ("Shape", net("b = Relu(a) s = Shape(a) k = Gather(s, i) j = Neg(k)", i=ints(-3))),
+    ("Shape", net("b = Relu(a) s = Shape<start = 1>(a) k = Gather(s, i) j = Neg(k)", i=ints(0))),
+    ("Shape", net("b = Relu(a) s = Shape(a)", y="float[] y, int64[4] s")),
+    ("Pad", net("b = Pad(a, p)", p=ints(0, 1, 0, 0, 0, -1, 0, 0))),
     ("Add", fed("b = Add(a, z)", "float[?, ?, ?, ?] z")),
     ("shared weight", net("b = Relu(a) k = Size(w1)")),
     ("shared weight", net(TWICE, wg=floats(8, 4, 1, 1))),
@@ -648,6 +689,12 @@ def test_refused_without_shapes() -> None:
     assert refusal(model, PASS) == "shape is unknown"
 
 
+def test_refused_where_a_computed_shape_may_name_the_channels() -> None:
+    model = fed("t = Concat<axis = 0>(n, c, hw) b = Reshape(a, t)", "int64[1] c", n=ints(-1), hw=ints(6, 6))
+    by("Reshape", model).outputs[0].shape = ir.Shape(["N", 8, 6, 6])
+    assert refusal(model, PASS) == "Reshape to a computed shape"
+
+
 SILENT = {
     "an opset before 7": net("b = Relu(a)", opset=6),
     "nothing is zero": net("b = Relu(a)", w1=floats(8, 3, 3, 3), b1=floats(8)),
@@ -659,6 +706,7 @@ SILENT = {
     ),
     "a pad of another number": net("s = Sigmoid(a) b = Pad(s, p)", p=ints(0, 0, 1, 1, 0, 0, 1, 1)),
     "numbers that are rounded": net("s = Sigmoid(a) b = Round(s)"),
+    "numbers that are cut off": net("s = Sigmoid(a) i = Cast<to = 7>(s) b = Cast<to = 1>(i)"),
     "a weight that is no number": net("b = Relu(a)", w1=half_zero() * np.float32(np.nan)),
 }
 
