@@ -198,8 +198,8 @@ def test_benchmark_of_a_batch(model_path: Path, tmp_path: Path, samples: Samples
     ("paths", "names"),
     [
         (["a/x.onnx", "b/y.onnx"], ["x", "y"]),
-        (["a/x.onnx", "b/x.onnx"], ["a/x.onnx", "b/x.onnx"]),
-        (["a/x.onnx", "a/x.onnx"], ["a/x.onnx", "a/x.onnx #2"]),
+        (["a/x.onnx", "b/x.onnx"], ["a/x", "b/x"]),
+        (["a/x.onnx", "a/x.onnx"], ["a/x #1", "a/x #2"]),
     ],
 )
 def test_models_get_names_of_their_own(paths: list[str], names: list[str]) -> None:
