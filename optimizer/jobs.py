@@ -334,11 +334,11 @@ def benchmark_on(providers: Sequence[str], models: Sequence[ModelPath], **option
 
 
 def _names(paths: Sequence[Path]) -> Mapping[str, Path]:
-    """A short name for each file: its stem, or its whole path where stems collide."""
+    """A short name for each file: its stem, with its folder where stems collide, numbered where those do."""
     stems = [path.stem for path in paths]
-    texts = [p.stem if stems.count(p.stem) == 1 else str(p) for p in paths]
+    texts = [p.stem if stems.count(p.stem) == 1 else f"{p.absolute().parent.name}/{p.stem}" for p in paths]
     return {
-        t if texts.index(t) == i else f"{t} #{i + 1}": p
+        t if texts.count(t) == 1 else f"{t} #{texts[: i + 1].count(t)}": p
         for i, (t, p) in enumerate(zip(texts, paths, strict=True))
     }
 
