@@ -71,12 +71,12 @@ EXACT_CHAIN: tuple[str, ...] = (
     "merge-reshapes",
     "merge-transposes",
     "eliminate-common-subexpressions",  # before fusions, which look at single users
-    "dedupe-initializers",
     "fuse-pad",
     "fuse-batch-norm",
     "fuse-affine",
     "fuse-matmul-add",  # after the affine fusion, which wants the bias where it is
     "prune-channels",  # last, because folded norms show which channels are zero
+    "dedupe-initializers",  # after all that rewrites weights, which wants one of its own for each layer
     "drop-dead-nodes",  # removed channels leave their old weights behind
     "drop-default-attributes",
 )

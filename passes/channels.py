@@ -145,7 +145,7 @@ class ChannelGraph:
             for slot, mask in zip(slots, masks, strict=True):
                 excess = _excess(mask, staying)
                 cuts[self.home[slot]][self.home[slot].members[slot][excess]] = False
-                changed |= bool(excess.any())
+                changed |= len(excess) > 0
         return changed
 
     def remove(self, cuts: Cuts) -> None:

@@ -194,7 +194,8 @@ class _Writer:
             return None
         scale = tuple(inputs.scale[0] * s for s in weights.scale)
         axis = None if weights.axis is None else 0
-        return self._stored_pair(array.reshape(-1), ValuePlan(grid.name, "int32", scale, axis=axis))
+        row = np.broadcast_to(array.reshape(-1), max(array.size, len(scale)))
+        return self._stored_pair(row, ValuePlan(grid.name, "int32", scale, axis=axis))
 
     def _write_as_pair(self, value: ir.Value, grid: ValuePlan) -> None:
         """Let all that read `value` read its pair; a graph output keeps its name."""
@@ -207,6 +208,10 @@ class _Writer:
         _producer(pair.integers).replace_input_with(0, value)
 
     def _new_pair(self, value: ir.Value, grid: ValuePlan) -> _Pair:
+        if grid.axis is not None:
+            raise PassError(
+                f"the plan has an axis for {grid.name!r}, which is no constant: give it one scale"
+            )
         node = ir.node("QuantizeLinear", [value, *self._parameters(grid)])
         name, dtype = f"{grid.name}.quantized", _TYPES[grid.dtype]
         integers = self._editor.insert(node, value.producer(), name, dtype, value.shape)
@@ -214,6 +219,8 @@ class _Writer:
 
     def _stored_pair(self, array: Array, grid: ValuePlan) -> _Pair:
         """A constant as integers in the file."""
+        if grid.axis is not None and array.shape[grid.axis : grid.axis + 1] != (len(grid.scale),):
+            raise PassError(f"the plan has {len(grid.scale)} scales for {grid.name!r} of shape {array.shape}")
         scale = np.array(grid.scale).reshape([-1 if i == grid.axis else 1 for i in range(array.ndim)])
         integers = (np.rint(array / scale) + grid.zero_point).clip(*LIMITS[grid.dtype]).astype(grid.dtype)
         return self._dequantized(self._editor.stored(integers, f"{grid.name}.quantized"), grid, grid.name)

@@ -9,7 +9,8 @@ import onnx_ir as ir
 import pytest
 from channel_nets import nets
 from hypothesis import given, settings
-from rewrites import build, constants, operators, refusal, rewritten
+from hypothesis import strategies as st
+from rewrites import ConvCase, build, constants, convolutions, operators, refusal, rewritten
 from zeroed_nets import zeroed
 
 from edgewise.passes.graph import attribute
@@ -540,8 +541,26 @@ def test_inside_a_branch() -> None:
     assert after.graph.node(0).attributes["then_branch"].as_graph().node(0).outputs[0].shape[1] == 5
 
 
+@given(convolutions(), st.integers(0, 2**16))
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_any_convolution(case: ConvCase, seed: int) -> None:
+    """Between layers of kernel one: any rank, kernel, stride, dilation, padding, groups, and transposed."""
+    rng = np.random.default_rng(seed)
+    weights = {name: array.copy() for name, array in case.weights.items()}
+    dead = rng.random(case.outputs) < 0.5
+    for name, array in weights.items():
+        if name == "b" or case.operator == "Conv":
+            array[dead] = 0
+    pointwise = (1,) * case.dims
+    front, back = floats(case.inputs, 2, *pointwise), floats(3, case.outputs, *pointwise)
+    front[rng.random(case.inputs) < 0.5] = 0
+    text = f"p = Conv(x, f) c = {case.text.format('p')} r = Sigmoid(c) y = Conv(r, k)"
+    model = build(f"g ({case.declared(2)} x) => (float[] y) {{ {text} }}", f=front, k=back, **weights)
+    rewritten(model, PASS)
+
+
 @given(nets())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=60)
 def test_random_nets(model: ir.Model) -> None:
     rewritten(model, PASS)
 
