@@ -37,6 +37,7 @@ def outcome(path: Path) -> str:
     return f"{path.name}: {error}" if error > reference.tolerance else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_graphs_stay_right(shard: int, corpus: Path) -> None:
     found = graphs()
