@@ -27,7 +27,6 @@ from edgewise.optimizer.probe import is_batched, probe_feeds
 from edgewise.optimizer.recipe import Quantize, Recipe
 from edgewise.optimizer.report import Report, Score, facts_of, plain
 from edgewise.optimizer.version import VERSION
-from edgewise.passes.prune_channels import PruneChannels
 from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import Evaluator, Feed, input_specs
 from edgewise.runtime.latency import LatencyReport, measure
@@ -35,6 +34,7 @@ from edgewise.runtime.session import check_provider
 
 ModelPath = str | os.PathLike[str]
 _PRUNED, _INT8 = "pruned", "int8"
+_REMOVAL = "prune-channels{multiple: 4}"
 _PRUNING = (
     "freeze-inputs",
     "lift-constants",
@@ -45,7 +45,7 @@ _PRUNING = (
     "drop-identity",
     "drop-no-ops",
     "fuse-batch-norm",
-    "prune-channels",
+    _REMOVAL,
     "drop-dead-nodes",
 )
 _NOT_JUDGED = (
@@ -139,7 +139,7 @@ def prune(
     """
     recipe = (recipe or Recipe()).model_copy(update={"passes": _PRUNING, "benchmark": None})
     job = _start(model, Path(output), data, recipe, force, progress)
-    removed = any(step.step == PruneChannels.name and step.status == "applied" for step in job.steps)
+    removed = any(step.step == _REMOVAL and step.status == "applied" for step in job.steps)
     notes = job.notes if removed else (*job.notes, _NOTHING_PRUNED)
     return _write(job, _PRUNED, job.exact, Path(output), force, progress, notes=notes)
 

@@ -33,7 +33,7 @@ def test_yaml_round_trip(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_the_default_recipe_is_the_whole_exact_chain() -> None:
-    assert [step.name for step in Recipe().chain] == list(EXACT_CHAIN)
+    assert [step.spec for step in Recipe().chain] == list(EXACT_CHAIN)
     assert Recipe().quantize is not None
 
 
