@@ -1,6 +1,6 @@
 """Static int8 on the corpus' trained classifiers: accuracy, size and latency beside onnxruntime's own.
 
-EDGEWISE_CORPUS=... python benchmarks/int8.py [--method mse] [--samples 64] [--target cpu] [NAME ...]
+EDGEWISE_CORPUS=... python benchmarks/int8.py [--method minmax] [--samples 64] [--target cpu] [NAME ...]
 
 Rivals: `quantize_static`, QDQ, u8 activations, s8 weights per channel, MinMax, the same samples, on the
 same model after the exact passes; with all 8 bits and with reduce_range. Accuracy is taken on data that
@@ -41,7 +41,7 @@ COLUMNS = ("model", "file", "seconds", "KB", "top-1 %", "drop", "agrees %", "ms"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--method", default="mse")
+    parser.add_argument("--method", default="minmax")
     parser.add_argument("--samples", type=int, default=64, help="images to calibrate with")
     parser.add_argument("--images", type=int, default=1000, help="images to judge by, at most")
     parser.add_argument("--target", default="cpu")

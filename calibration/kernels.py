@@ -134,17 +134,25 @@ def refusal(node: ir.Node, target: Target) -> str | None:
     known = target.anchors | target.followers | target.movers | {"Relu", "Clip"}
     if node.domain != "" or node.op_type not in known:
         return _no_kernel(node, target)
-    inputs = activations(node)
-    if not inputs or any(v.dtype not in (None, ir.DataType.FLOAT) for v in inputs):
-        return "not float32"
     if _touches_quantized(node):
         return "already quantized"
-    if _has_constant_operand(node, target):
-        return "an operand is constant"
     try:
-        return _CONDITIONS[node.op_type](node, target) if node.op_type in _CONDITIONS else None
+        condition = _CONDITIONS.get(node.op_type)
+        return _operands(node, target) or (condition(node, target) if condition is not None else None)
     except Refused as refused:
         return str(refused)
+
+
+def _operands(node: ir.Node, target: Target) -> str | None:
+    """What is wrong with the inputs of `node`, whatever it does with them."""
+    if any(v.is_graph_input() and v.is_initializer() for v in node.inputs if v is not None):
+        return "an operand may be replaced by the caller"
+    types = {v.dtype for v in activations(node)}
+    if None in types and weights_of(node) is None:  # an activation is of its weight's type
+        return "type unknown: infer shapes first"
+    if not types or types - {None, ir.DataType.FLOAT}:
+        return "not float32"
+    return "an operand is constant" if _has_constant_operand(node, target) else None
 
 
 def _has_constant_operand(node: ir.Node, target: Target) -> bool:

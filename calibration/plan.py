@@ -12,18 +12,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgewise.calibration.kernels import (
-    Weights,
     activations,
     biased_by,
     cut_bounds,
-    is_depthwise,
-    kernel_rows,
     numbers,
     weights_of,
 )
 from edgewise.calibration.regions import Regions, find_regions
 from edgewise.calibration.table import CalibrationTable
 from edgewise.calibration.target import CUTS, TARGETS, Target
+from edgewise.calibration.weight_scales import float32_scale, weight_plan, wider
 from edgewise.passes.graph import constant_of
 from edgewise.passes.quant_plan import LIMITS, NodePlan, QuantPlan, ValuePlan
 
@@ -35,10 +33,6 @@ ANALYTIC: Mapping[str, Range] = MappingProxyType(
 )
 """Operators that fill a range that is known without a sample."""
 
-_WEIGHT_LIMIT = 127
-_BIAS_LIMIT = 2**30  # half of int32 for the bias, half for the products
-_SMALLEST = 2.0**-100  # a scale that stays normal when it is multiplied by another
-
 
 @dataclass(frozen=True)
 class QuantOptions:
@@ -48,7 +42,7 @@ class QuantOptions:
     types of nodes that stay in float.
     """
 
-    method: str = "mse"
+    method: str = "minmax"
     per_channel: bool = True
     exclude: tuple[str, ...] = ()
 
@@ -182,16 +176,11 @@ def _grid(value: ir.Value, span: Range, why: str, target: Target) -> ValuePlan:
     low, high = min(span[0], 0.0), max(span[1], 0.0)
     first, last = LIMITS[target.activation]
     if target.symmetric:
-        scale, zero_point = _float32(max(-low, high) / last), 0
+        scale, zero_point = float32_scale(max(-low, high) / last), 0
     else:
-        scale = _float32((high - low) / (last - first))
+        scale = float32_scale((high - low) / (last - first))
         zero_point = int(np.clip(first + np.rint(-low / scale), first, last))
     return ValuePlan(value.name or "", target.activation, (scale,), zero_point, why=why)
-
-
-def _float32(scale: float) -> float:
-    """`scale` as the runtime will see it; a value that is always zero gets scale 1."""
-    return float(np.float32(scale)) if scale > _SMALLEST else 1.0
 
 
 def _weights(
@@ -203,58 +192,11 @@ def _weights(
         weights = weights_of(node)
         if weights is None:
             continue
-        rows = kernel_rows(node, weights.array.astype(np.float64))
-        in_pairs = target.saturates and not is_depthwise(node, weights.array)
         input_scale = values[activations(node)[0]].scale[0]
-        plan = _weight_plan(weights, rows, input_scale, options.per_channel, in_pairs)
+        made = weight_plan(node, weights, input_scale, options.per_channel, target.saturates)
         other = plans.get(weights.value)
-        plans[weights.value] = plan if other is None else _wider(other, plan)
+        plans[weights.value] = made if other is None else wider(other, made)
     return plans
-
-
-def _weight_plan(
-    weights: Weights, rows: Array, input_scale: float, per_channel: bool, in_pairs: bool
-) -> ValuePlan:
-    """Symmetric int8 for `rows` (channels, k): the largest magnitude becomes 127, or less.
-
-    Where products are added in pairs in saturating 16 bits, 255 * |q0 + q1| has to stay below 2**15 for
-    neighbours q0, q1 along k: |q0 + q1| <= 128, which the scale max |w0 + w1| / 127 grants (rounding
-    moves a sum by 1 at most). A sum of opposite signs is never the largest. A channel's worst pair costs
-    it less than a bit, and nothing where large weights are not side by side.
-    """
-    magnitude = np.abs(rows).max(axis=1)
-    largest = np.maximum(magnitude, _largest_pair(rows)) if in_pairs else magnitude
-    scales = np.maximum(largest / _WEIGHT_LIMIT, _bias_scales(weights, input_scale))
-    widened = int((largest > magnitude).sum())
-    why = (
-        f"{widened} of {len(largest)} channels widened: pairs would saturate" if widened else "largest weight"
-    )
-    if not per_channel:
-        return ValuePlan(weights.value.name or "", "int8", (_float32(float(scales.max())),), why=why)
-    scale = tuple(_float32(float(s)) for s in scales)
-    return ValuePlan(weights.value.name or "", "int8", scale, axis=weights.axis, why=why)
-
-
-def _largest_pair(rows: Array) -> Array:
-    """The largest |w0 + w1| of each row, over neighbours 0 and 1, 2 and 3, ..."""
-    even = rows[:, : rows.shape[1] // 2 * 2].reshape(rows.shape[0], -1, 2)
-    largest: Array = np.abs(even.sum(axis=2)).max(axis=1, initial=0.0)
-    return largest
-
-
-def _bias_scales(weights: Weights, input_scale: float) -> Array:
-    """The least weight scale at which round(bias / (input scale * weight scale)) fits its integers."""
-    if weights.bias is None:
-        return np.zeros(weights.channels)
-    bias = np.broadcast_to(weights.bias.astype(np.float64).reshape(-1), weights.channels)
-    return np.abs(bias) / (input_scale * _BIAS_LIMIT)
-
-
-def _wider(a: ValuePlan, b: ValuePlan) -> ValuePlan:
-    """One plan for a weight that two nodes read; one scale in all if they count channels differently."""
-    if a.axis != b.axis:
-        return replace(a, scale=(max(a.scale + b.scale),), axis=None, why="shared along two axes")
-    return replace(a, scale=tuple(map(max, a.scale, b.scale)), why=a.why if a == b else "shared")
 
 
 def _numbers(regions: Regions, target: Target) -> dict[ir.Value, ValuePlan]:

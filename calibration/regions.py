@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from edgewise.calibration.kernels import UNBOUNDED, Bounds, activations, biased_by, cut_bounds, refusal
-from edgewise.calibration.target import CUTS, SHRINKING, Target
+from edgewise.calibration.target import AVERAGES, CUTS, SHRINKING, Target
 from edgewise.passes.graph import only_user, opset
 
 NEIGHBOURS = "its neighbours are in float"
@@ -35,9 +35,9 @@ def find_regions(
     """The nodes of the main graph worth running in int8 on `target`.
 
     Anchors (convolutions, matrix products) are quantized for themselves. A follower joins where one of
-    its inputs comes out of int8, and all do or its result goes back into int8; an operator that moves
-    elements joins where it lies between. `exclude` holds names or operator types of nodes that stay in
-    float; `barred` are further nodes that have to, with the reason.
+    its inputs comes out of int8, and all do or its result goes back into int8 (an average only then); an
+    operator that moves elements joins where it lies between. `exclude` holds names or operator types of
+    nodes that stay in float; `barred` are further nodes that have to, with the reason.
     """
     reasons = _reasons(model, target, frozenset(exclude), barred or {})
     scope = _Scope(tuple(model.graph), target, {n for n in model.graph if n not in reasons})
@@ -120,7 +120,8 @@ class _Scope:
             return inputs[0].producer() in self.chosen
         if node.op_type in self.target.followers:
             at_hand = all(v in produced or self._feeds_anchor(v) for v in inputs)
-            return _any(inputs, produced) and (at_hand or _any(node.outputs, demanded))
+            complete = at_hand and node.op_type not in AVERAGES
+            return _any(inputs, produced) and (complete or _any(node.outputs, demanded))
         if inputs[0] in produced:
             return True
         readers = {use.node for v in node.outputs for use in v.uses()}

@@ -37,6 +37,9 @@ MOVERS = frozenset(
 SHRINKING = frozenset({"Gather", "GatherElements", "MaxPool", "ReduceMax", "ReduceMin", "Slice"})
 """Movers that hand on less than they read: what comes out of float is better quantized behind them."""
 
+AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
+"""Followers whose result has more digits than 8 bits hold: where floats read it, floats compute it."""
+
 CUTS = frozenset({"Relu", "Clip"})
 """Activations that only cut a range: a quantized value cannot leave its range, which does the cutting."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -316,6 +317,12 @@ class TestMovedValues:
         feed = feeds_of(model)[0]
         assert decibels(run(model, feed), run(after, feed)) > 30
 
+    def test_vanished_cut_that_is_an_output(self) -> None:
+        text = """g (float[N, 8, 4, 4] x) => (float[N, 8, 2, 2] y)
+            { c = Conv(x, w) m = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(c) y = Relu(m) }"""
+        model = build(text, w=normal(8, 8, 1, 1))
+        assert run(inserted(model, planned(model)), feeds_of(model)[0]).min() == 0
+
     def test_space_to_depth_is_done_on_integers(self) -> None:
         text = """g (float[N, 8, 4, 4] x) => (float[N, 8, 2, 2] y)
             { c = Conv(x, w) s = SpaceToDepth<blocksize = 2>(c) y = Conv(s, v) }"""
@@ -363,3 +370,17 @@ class TestEditedPlans:
         after = inserted(model, dataclasses.replace(plan, values=values))
         (weights,) = (a for a in constants(after).values() if a.ndim == 4)
         assert np.abs(weights).max() <= 32
+
+    @pytest.mark.parametrize(
+        ("name", "change", "message"),
+        [
+            ("w", {"scale": (0.1, 0.2)}, "2 scales for 'w' of shape"),
+            ("w", {"axis": 7}, "16 scales for 'w' of shape"),
+            ("x", {"scale": (0.1,) * 8, "axis": 1}, "axis for 'x', which is no constant"),
+        ],
+    )
+    def test_scales_that_do_not_fit(self, name: str, change: dict[str, Any], message: str) -> None:
+        plan = planned(conv_relu())
+        values = tuple(dataclasses.replace(v, **change) if v.name == name else v for v in plan.values)
+        with pytest.raises(PassError, match=message):
+            InsertQdq(dataclasses.replace(plan, values=values)).apply(conv_relu())
