@@ -44,7 +44,7 @@ def weight_plan(
     if not per_channel:
         return ValuePlan(name, "int8", (float32_scale(float(least.max())),), why="largest weight")
     steps = _steps(rows)
-    kept = steps >= least
+    kept = (steps >= least) & (steps > 0)
     fraction = np.floor(np.divide(steps, least, out=np.ones_like(steps), where=kept) + _ROUNDING)
     scale = tuple(float32_scale(float(s)) for s in np.where(kept, steps / fraction, least))
     widened = (largest > magnitude) & ~kept

@@ -26,7 +26,7 @@ class Quantize(_Frozen):
     """How int8 is made. The methods are tried in turn until one keeps the bound."""
 
     methods: tuple[Literal["minmax", "percentile", "entropy", "mse"], ...] = Field(
-        default=("mse", "percentile", "minmax", "entropy"), min_length=1
+        default=("minmax", "mse", "percentile", "entropy"), min_length=1
     )
     options: QuantOptions = QuantOptions()
     samples: int = Field(default=128, ge=1, description="samples that calibrate; the rest judges")
