@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edgewise.optimizer import files
+from edgewise.optimizer.optimization import save_stamped, stamp_of
 from edgewise.optimizer.pipeline import Reference, StepReport, run_passes
 from edgewise.optimizer.recipe import Recipe
 from edgewise.runtime.latency import measure
@@ -50,7 +51,8 @@ def row(path: Path, options: argparse.Namespace) -> tuple[str, ...]:
     after, steps = run_passes(model, Recipe().chain, reference)
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
-        out = files.save(after, Path(folder) / path.name)
+        stamp = stamp_of(Recipe(), files.sha256(path), None)  # the file as `edgewise optimize` writes it
+        out = save_stamped(after, stamp, Path(folder) / path.name)
         error = reference.error_of(files.load(out))
         speed = ratio(path, out, feed, options) if options.latency else ""
         size = f"{files.file_bytes(path):,} -> {files.file_bytes(out):,}"

@@ -76,7 +76,7 @@ EXACT_CHAIN: tuple[str, ...] = (
     "fuse-affine",
     "fuse-matmul-add",  # after the affine fusion, which wants the bias where it is
     # After the norms are folded, which shows the zeros. Odd widths leave the kernels' fast paths: measured,
-    # MobileNets that lost single channels ran at 0.83 of their speed, and at multiples of 4 as before.
+    # MobileNets that lost single channels ran at 0.8 of their speed, and at multiples of 4 as before.
     "prune-channels{multiple: 4}",
     "dedupe-initializers",  # after all that rewrites weights, which wants one of its own for each layer
     "drop-dead-nodes",  # removed channels leave their old weights behind
