@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 
 _SEPARATORS = re.compile(r"[_/:]")
+_QUANTIZED = ("QLinear", "QGemm")
+_CUTS_OFF = ("Relu", "Clip")
+_KEEP_THE_SHAPE = frozenset({"DequantizeLinear", "QuantizeLinear", "Cast", "Identity"})
 _CAST = "InsertedPrecisionFreeCast_"  # put before the name of a float16 value that is computed in float32
 
 
@@ -57,12 +60,26 @@ def _by_name(node: ir.Node, values: Mapping[str, ir.Value], nodes: Mapping[str, 
 
 
 def _behind_fused(node: ir.Node, end: ir.Value) -> ir.Value:
-    """Where a convolution in onnxruntime's blocked layout ends: it is named before the sum and the activation
-    that it takes in, which show as a fourth input and an attribute."""
+    """Where a node ends that is named before what it takes in.
+
+    An operator on quantized values takes in the activation and the quantization behind it; a convolution
+    in onnxruntime's blocked layout the sum and the activation, seen as a fourth input and an attribute.
+    """
+    if node.op_type.startswith(_QUANTIZED):
+        return _behind_quantized(end)
     activation = node.attributes.get("activation")
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         end = _after(end, "Add", "Sum")
     return end if activation is None else _after(end, activation.as_string())
+
+
+def _behind_quantized(end: ir.Value) -> ir.Value:
+    """The next QuantizeLinear; an activation that only cuts off may lie in between."""
+    for value in (end, _after(end, *_CUTS_OFF)):
+        quantized = _after(value, "QuantizeLinear")
+        if quantized is not value:
+            return quantized
+    return end
 
 
 def _after(value: ir.Value, *op_types: str) -> ir.Value:
@@ -99,3 +116,18 @@ def _read_by(node: ir.Node) -> Iterator[ir.Value]:
         if attribute.type == ir.AttributeType.GRAPH:
             for inner in attribute.as_graph().all_nodes():
                 yield from (v for v in inner.inputs if v is not None and v.graph is node.graph)
+
+
+def weight_of_convolution(node: ir.Node) -> int | None:
+    """How many numbers the weight of a convolution of the file holds; None for other nodes, or if it is
+    computed."""
+    if node.op_type != "Conv" or len(node.inputs) < 2:
+        return None
+    value = node.inputs[1]
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type == "Constant" and "value" in producer.attributes:
+            return producer.attributes["value"].as_tensor().size
+        if producer.op_type not in _KEEP_THE_SHAPE:
+            return None
+        value = producer.inputs[0]
+    return None if value is None or value.const_value is None else value.const_value.size

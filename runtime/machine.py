@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -31,6 +32,19 @@ _TELLING_FLAGS = (  # the ones onnxruntime's CPU kernels choose by
     "i8mm",
     "bf16",
     "sve",
+)
+_MACOS_FLAGS: Mapping[str, str] = MappingProxyType(
+    {
+        "avx2_0": "avx2",
+        "avx512f": "avx512f",
+        "avx512vnni": "avx512_vnni",
+        "neon": "asimd",
+        "AdvSIMD": "asimd",
+        "arm.FEAT_FP16": "asimdhp",
+        "arm.FEAT_DotProd": "asimddp",
+        "arm.FEAT_I8MM": "i8mm",
+        "arm.FEAT_BF16": "bf16",
+    }
 )
 _VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 _X86 = frozenset({"x86_64", "amd64", "i386", "i686", "x86"})
@@ -60,6 +74,10 @@ class Machine:
     providers: tuple[str, ...]
     gpus: tuple[str, ...]
     """One "name, driver version" each, as nvidia-smi tells it."""
+    build: str = ""
+    """How this onnxruntime was built, in its own words; empty in results of before this was noted."""
+    turbo: bool | None = None
+    """Whether the clock may rise for a while; None where the system does not tell."""
 
     @property
     def int8_saturates(self) -> bool:
@@ -73,6 +91,35 @@ class Machine:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def differences(self, other: Machine) -> tuple[str, ...]:
+        """A line "what: here -> there" for each fact in which `other` differs and that a latency depends on.
+
+        What one of the two does not know is left out.
+        """
+        here, there = self._facts(), other._facts()
+        return tuple(
+            f"{what}: {here[what]} -> {there[what]}"
+            for what in here
+            if here[what] and there[what] and here[what] != there[what]
+        )
+
+    def _facts(self) -> dict[str, str]:
+        """What a latency depends on, in words; empty where it is not known."""
+        return {
+            "CPU": self.cpu,
+            "instruction sets": ", ".join(self.isa),
+            "cores": f"{self.physical_cores} physical, {self.logical_cores} logical",
+            "usable cores": str(self.usable_cores),
+            "CPU limit": "none" if self.cpu_limit is None else f"{self.cpu_limit:g} cores",
+            "governor": self.governor or "",
+            "turbo": "" if self.turbo is None else "on" if self.turbo else "off",
+            "memory": f"{self.memory_gb:.0f} GB",
+            "system": self.os,
+            "onnxruntime": f"{self.onnxruntime} ({', '.join(self.distributions) or 'own build'})",
+            "onnxruntime's build": self.build,
+            "GPU": "; ".join(self.gpus) or "none",
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Machine:
@@ -89,7 +136,7 @@ def describe(root: Path = _ROOT) -> Machine:
     return Machine(
         cpu=_cpu_name(fields),
         architecture=platform.machine().lower(),
-        isa=_telling_flags(fields),
+        isa=_telling_flags(fields) or _flags_of_macos(),
         physical_cores=psutil.cpu_count(logical=False) or logical,
         logical_cores=logical,
         usable_cores=len(usable_cores()),
@@ -102,6 +149,8 @@ def describe(root: Path = _ROOT) -> Machine:
         distributions=installed_runtimes(),
         providers=tuple(ort.get_available_providers()),
         gpus=_gpus(),
+        build=ort.get_build_info(),
+        turbo=_turbo(root),
     )
 
 
@@ -134,6 +183,27 @@ def _cpu_name(fields: Mapping[str, str]) -> str:
 def _telling_flags(fields: Mapping[str, str]) -> tuple[str, ...]:
     here = set((fields.get("flags") or fields.get("Features") or "").split())
     return tuple(flag for flag in _TELLING_FLAGS if flag in here)
+
+
+def _flags_of_macos() -> tuple[str, ...]:
+    """The same, under the names that Linux gives them."""
+    text = _output_of("sysctl", "hw.optional") if platform.system() == "Darwin" else None
+    here = {line.removeprefix("hw.optional.").partition(":")[0] for line in _enabled(text or "")}
+    names = {linux for mac, linux in _MACOS_FLAGS.items() if mac in here}
+    return tuple(flag for flag in _TELLING_FLAGS if flag in names)
+
+
+def _enabled(text: str) -> Iterator[str]:
+    return (line for line in text.splitlines() if line.endswith(": 1"))
+
+
+def _turbo(root: Path) -> bool | None:
+    """Of Intel's own driver, or of any other."""
+    folder = root / "sys/devices/system/cpu"
+    off, on = _read(folder / "intel_pstate/no_turbo"), _read(folder / "cpufreq/boost")
+    if off is not None:
+        return off == "0"
+    return None if on is None else on == "1"
 
 
 def usable_cores() -> tuple[int, ...]:

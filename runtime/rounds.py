@@ -15,14 +15,18 @@ from typing import Any
 
 import numpy as np
 
+from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.evaluate import Array, Feed, TensorSpec, seeded_feed
 from edgewise.runtime.isolated import IsolatedModel, WorkerFailed
+from edgewise.runtime.session import Grant
 
-_BLOCK_SECONDS = 0.005  # short: a shared machine changes its speed many times a second
+_BLOCK_SECONDS = 0.010  # short: a shared machine changes its speed many times a second
+_LONGEST_BLOCK_SECONDS = 0.1  # unless a single run takes longer
 _LEAD_SECONDS = 0.001  # until the caches that the other models emptied are filled again
 _NO_LEAD_SECONDS = 0.05  # for a run this long, cold caches are lost in it
 _LAUNCH_SECONDS = 1.0  # about what opening the processes costs
 _LAUNCH_ROUNDS = 5
+_LOAD_SECONDS = 0.25
 _FEWEST_ROUNDS = 2
 _DTYPES = {
     "tensor(bool)": np.bool_,
@@ -47,12 +51,8 @@ class Setup:
 
     folder: Path
     """For what is passed to the processes and what they write."""
-    provider: str
-    threads: int | None
-    cores: tuple[int, ...]
-    spinning: bool
+    conditions: Conditions
     timeout: float
-    feed: Feed | None
     seed: int
 
 
@@ -61,6 +61,8 @@ class Record:
     """What was seen of one model so far: one item a launch, times in seconds, memory in bytes."""
 
     path: Path
+    feed: Feed | None = None
+    """What goes in; None for what can be guessed from the session alone."""
     load: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     loaded: list[int] = field(default_factory=list)
@@ -68,19 +70,27 @@ class Record:
     rounds: list[Array] = field(default_factory=list)
     """Arrays of (rounds, 2): the median run of each block."""
     runs: list[Array] = field(default_factory=list)
+    throughput: list[float] = field(default_factory=list)
+    """Runs a second while several are under way; empty where none are."""
     inputs: str = ""
+    grant: Grant | None = None
     failed: str | None = None
 
 
 @dataclass
 class _Player:
-    """A model in one launch: its process, the runs of a block, and the blocks played."""
+    """A model in one launch: its process, the seconds of a run once it is warm, and the blocks played."""
 
     record: Record
     worker: IsolatedModel
-    lead: int
-    count: int
+    steady: float
+    count: int = 1
     blocks: list[Array] = field(default_factory=list)
+
+    @property
+    def lead(self) -> int:
+        """Runs of a block before the clock."""
+        return 0 if self.steady > _NO_LEAD_SECONDS else max(1, round(_LEAD_SECONDS / self.steady))
 
     def play(self) -> Array:
         """The seconds of each run of one block; on a failure its cause goes to the record."""
@@ -90,6 +100,14 @@ class _Player:
             self.record.failed = str(failure)
             return np.empty(0)
 
+    def load(self, concurrency: int) -> None:
+        """Note the runs a second with so many under way at any time."""
+        try:
+            reply = self.worker.ask("load", concurrency=concurrency, seconds=_LOAD_SECONDS)
+            self.record.throughput.append(reply["runs"] / reply["seconds"])
+        except WorkerFailed as failure:
+            self.record.failed = str(failure)
+
 
 def launch(
     records: Sequence[Record],
@@ -98,42 +116,59 @@ def launch(
     deadline: float,
     rng: np.random.Generator,
     tick: Callable[[], None],
-) -> None:
+) -> float:
     """Open every model in a new process, play rounds, and add what was seen to the records.
 
     Ends at `deadline` (on the monotonic clock), but not before the rounds an estimate needs. A model
-    that fails leaves the launch with the cause in its record. `tick` is called after every round.
+    that fails leaves the launch with the cause in its record. `tick` is called after every round. Gives
+    the seconds until the first round.
     """
+    begin = time.monotonic()
     with ExitStack() as stack:
         workers = [stack.enter_context(_start(i, setup)) for i in range(len(records))]
-        players = []
-        for record, worker in zip(records, workers, strict=True):
-            try:
-                worker.wait_until_ready()
-                players.append(_open(record, worker, setup))
-            except WorkerFailed as failure:
-                record.failed = str(failure)
-        for player in _play(players, deadline, rng, tick):
+        players = _open_all(list(zip(records, workers, strict=True)), setup)
+        _set_counts(players)
+        prepared = time.monotonic()
+        players = _play(players, deadline, rng, tick)
+        if setup.conditions.concurrency > 1:
+            players = _load(players, setup.conditions.concurrency, tick)
+        for player in players:
             blocks = np.array(player.blocks)
             player.record.rounds.append(np.median(blocks, axis=1).reshape(-1, 2))
             player.record.runs.append(blocks.ravel())
+    return prepared - begin
+
+
+def _open_all(pairs: Sequence[tuple[Record, IsolatedModel]], setup: Setup) -> list[_Player]:
+    """Those that open; none is opened before all have started, which would disturb it."""
+    players, ready = [], []
+    for record, worker in pairs:
+        try:
+            worker.wait_until_ready()
+            ready.append((record, worker))
+        except WorkerFailed as failure:
+            record.failed = str(failure)
+    for record, worker in ready:
+        try:
+            players.append(_open(record, worker, setup))
+        except WorkerFailed as failure:
+            record.failed = str(failure)
+    return players
 
 
 def _start(index: int, setup: Setup) -> IsolatedModel:
-    return IsolatedModel(setup.folder / f"{index}.log", threads=setup.threads, timeout=setup.timeout)
+    log, threads = setup.folder / f"{index}.log", setup.conditions.threads
+    return IsolatedModel(log, threads=threads, timeout=setup.timeout)
 
 
 def _open(record: Record, worker: IsolatedModel, setup: Setup) -> _Player:
     """Load and warm up one model while all others are at rest."""
-    opened = worker.ask(
-        "open",
-        model=str(record.path),
-        provider=setup.provider,
-        threads=setup.threads,
-        cores=setup.cores,
-        spinning=setup.spinning,
-    )
-    feed = setup.feed if setup.feed is not None else _plausible(opened["inputs"], setup.seed)
+    opened = worker.ask("open", model=str(record.path), **setup.conditions.to_dict())
+    record.grant = Grant(**opened["grant"])
+    if setup.conditions.strict and not record.grant.complete:
+        raise WorkerFailed(f"not all of it is granted: {record.grant}")
+    feed = _plausible(opened["inputs"], setup.seed) if record.feed is None else record.feed
+    _check_names([name for name, *_ in opened["inputs"]], list(feed))
     record.inputs = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in feed.items())
     file = _save(feed, setup.folder)
     started = worker.ask("start", feed=str(file), inputs=list(feed))
@@ -141,13 +176,28 @@ def _open(record: Record, worker: IsolatedModel, setup: Setup) -> _Player:
     record.loaded.append(opened["loaded"])
     record.first.append(started["first"])
     record.peak.append(started["peak"])
-    return _Player(record, worker, *_block_runs(started["steady"]))
+    return _Player(record, worker, started["steady"])
 
 
-def _block_runs(seconds: float) -> tuple[int, int]:
-    """Runs before the clock and under the clock in one block, from the time of one run."""
-    lead = 0 if seconds > _NO_LEAD_SECONDS else max(1, round(_LEAD_SECONDS / seconds))
-    return lead, max(1, round(_BLOCK_SECONDS / seconds))
+def _check_names(wanted: list[str], given: list[str]) -> None:
+    """onnxruntime would find this out too, and say it in three lines."""
+    if set(wanted) - set(given):
+        raise WorkerFailed(f"it takes {', '.join(wanted)} and was given {', '.join(given) or 'nothing'}")
+
+
+def _set_counts(players: Sequence[_Player]) -> None:
+    """Give every player as many runs a block.
+
+    Run times are skewed, and the median of few of them is the larger the fewer they are: with counts
+    that follow each model's own speed, the same file twice would not come out the same.
+    """
+    if not players:
+        return
+    steady = np.array([player.steady for player in players])
+    usual = _BLOCK_SECONDS / np.exp(np.log(steady).mean())
+    count = max(1, round(min(usual, _LONGEST_BLOCK_SECONDS / steady.max())))
+    for player in players:
+        player.count = count - (count + 1) % 2  # of an odd number the median is a run
 
 
 def _plausible(inputs: Sequence[tuple[str, str, list[Any]]], seed: int) -> Feed:
@@ -185,6 +235,15 @@ def _play(
         rounds += 1
         tick()
     return players
+
+
+def _load(players: list[_Player], concurrency: int, tick: Callable[[], None]) -> list[_Player]:
+    """Put each player under load twice, in turn and in reverse; those who lasted."""
+    for player in (*players, *reversed(players)):
+        if not player.record.failed:
+            player.load(concurrency)
+            tick()
+    return [player for player in players if not player.record.failed]
 
 
 def _enough(rounds: int, begin: float, deadline: float) -> bool:

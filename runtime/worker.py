@@ -7,6 +7,7 @@ other end. What onnxruntime or a custom op prints goes to standard error, out of
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -15,7 +16,8 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -25,6 +27,7 @@ from edgewise.runtime.errors import EdgewiseError
 from edgewise.runtime.session import (
     ProviderError,
     first_line,
+    grant_of,
     import_onnxruntime,
     open_session,
     runtime_errors,
@@ -42,28 +45,37 @@ _STILL_WARMING = 0.97  # a window this much faster than the best before it
 _CALM_WINDOWS = 2
 _WARM_UP_SECONDS = 1.5
 _PR_SET_PDEATHSIG = 1
+_MEMORY = {"cuda": "cuda", "tensorrt": "cuda", "dml": "dml"}  # the others compute in the host's
 
 
 class Worker:
-    """A session, its input and the commands on it, in the order `open`, `start`, `block`."""
+    """A session, its input and the commands on it, in the order `open`, `start`, `block` or `load`."""
 
     def __init__(self) -> None:
         self._session: onnxruntime.InferenceSession | None = None
+        self._make_run: Callable[[], Callable[[], object]] = lambda: lambda: None
         self._run: Callable[[], object] = lambda: None
+        self._memory: str | None = None
 
     def open(self, request: Request) -> Reply:
-        """Load the model; say what that took and which inputs it wants."""
+        """Load the model; say what that took, which inputs it wants, and what runs where."""
         _pin(request["cores"])
+        provider = request["provider"]
+        bound = provider in _MEMORY if request["io_binding"] is None else request["io_binding"]
+        self._memory = _MEMORY.get(provider, "cpu") if bound else None
         start = time.perf_counter()
         self._session = open_session(
             request["model"],
-            provider=request["provider"],
+            provider=provider,
             threads=request["threads"],
+            inter_op_threads=request["inter_op_threads"],
             spinning=request["spinning"],
+            record_assignment=True,
         )
         seconds = time.perf_counter() - start
         inputs = [(i.name, i.type, i.shape) for i in self._session.get_inputs()]
-        return {"load": seconds, "loaded": resident_bytes()[0], "inputs": inputs}
+        grant = dataclasses.asdict(grant_of(self._session, provider))
+        return {"load": seconds, "loaded": resident_bytes()[0], "inputs": inputs, "grant": grant}
 
     def start(self, request: Request) -> Reply:
         """Run the model for the first time, and then until it is warm."""
@@ -72,7 +84,12 @@ class Worker:
             raise EdgewiseError("no model is open")
         feed = _read_feed(request["feed"], request["inputs"])
         outputs = [o.name for o in session.get_outputs()]
-        self._run = lambda: session.run(outputs, feed)
+        if self._memory is None or any(a.dtype.kind == "U" for a in feed.values()):  # text is not bound
+            self._make_run = lambda: lambda: session.run(outputs, feed)
+        else:
+            memory = self._memory
+            self._make_run = lambda: bound_run(session, feed, outputs, memory)
+        self._run = self._make_run()
         first = _seconds(self._run)
         gc.collect()
         gc.disable()
@@ -83,6 +100,65 @@ class Worker:
         for _ in range(request["lead"]):
             self._run()
         return {"times": [_seconds(self._run) for _ in range(request["count"])]}
+
+    def load(self, request: Request) -> Reply:
+        """Keep `concurrency` runs under way for about `seconds`: how many ended, and in what time."""
+        runs = [self._make_run() for _ in range(request["concurrency"])]
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(len(runs)) as pool:
+            counts = list(pool.map(lambda run: _runs_until(begin + request["seconds"], run), runs))
+        return {"runs": sum(counts), "seconds": time.perf_counter() - begin}
+
+    def profile(self, request: Request) -> Reply:
+        """Where the time of a model goes; needs no `open`."""
+        from edgewise.runtime.profile import profile  # brings onnx-ir, which a latency needs not
+
+        _trace_alone(request["cores"])
+        inputs = request["inputs"]
+        found = profile(
+            Path(request["model"]),
+            None if inputs is None else _read_feed(request["feed"], inputs),
+            provider=request["provider"],
+            threads=request["threads"],
+            runs=request["runs"],
+            seed=request["seed"],
+        )
+        return {"profile": found.to_dict()}
+
+    def peaks(self, request: Request) -> Reply:
+        """How fast the machine is at best; needs no `open`."""
+        from edgewise.runtime.peaks import measure_peaks
+
+        _trace_alone(request["cores"])
+        return {"peaks": measure_peaks(request["provider"], request["threads"]).to_dict()}
+
+
+def _trace_alone(cores: list[int]) -> None:
+    """Pin this process, and let CUDA's calls return when their work is done: else a node's time is that
+    of its launch, and its work shows in the time of whichever node waits for it."""
+    _pin(cores)
+    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
+
+
+def bound_run(
+    session: onnxruntime.InferenceSession, feed: Mapping[str, Any], outputs: list[str], memory: str
+) -> Callable[[], object]:
+    """A run whose inputs and outputs stay in the device's `memory`: nothing is copied from or to the host."""
+    values = import_onnxruntime().OrtValue
+    binding = session.io_binding()
+    for name, array in feed.items():
+        binding.bind_ortvalue_input(name, values.ortvalue_from_numpy(array, memory))
+    for name in outputs:
+        binding.bind_output(name, memory)
+    return lambda: session.run_with_iobinding(binding)
+
+
+def _runs_until(end: float, run: Callable[[], object]) -> int:
+    runs = 0
+    while time.perf_counter() < end:
+        run()
+        runs += 1
+    return runs
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -141,7 +217,9 @@ def _read_feed(path: str, inputs: list[str]) -> dict[str, Any]:
 
 def _answer(worker: Worker, request: Request) -> Reply:
     """The reply, or why there is none; anything unforeseen ends the process with its traceback."""
-    command = {"open": worker.open, "start": worker.start, "block": worker.block}[request["command"]]
+    commands = {"open": worker.open, "start": worker.start, "block": worker.block, "load": worker.load}
+    commands |= {"profile": worker.profile, "peaks": worker.peaks}
+    command = commands[request["command"]]
     try:
         return command(request)
     except ProviderError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,16 @@ import psutil
 import pytest
 
 from edgewise.runtime import rounds
+from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.errors import InputError
 from edgewise.runtime.isolated import IsolatedModel, WorkerFailed
 from edgewise.runtime.latency import LatencyReport, measure
 from edgewise.runtime.machine import cores_for
-from edgewise.runtime.session import PROVIDERS, ProviderError, import_onnxruntime
+from edgewise.runtime.session import PROVIDERS, Grant, ProviderError, import_onnxruntime
 from edgewise.runtime.worker import resident_bytes, warm_up
 
-QUICK = {"max_seconds": 0.1, "threads": 1}  # one launch of two rounds
+ONE = Conditions(threads=1)
+QUICK = {"max_seconds": 0.1, "conditions": ONE}  # one launch of two rounds
 GOOD = "g (float[1, 4] x) => (float[1, 4] y) { y = Relu(x) }"
 ENDLESS = """g (float[1, 4] x) => (float[1, 4] y) <int64 n = {9000000000000000000}, bool on = {1}> {
     y = Loop (n, on, x) <body = b (int64 i, bool c, float[1, 4] a) => (bool d, float[1, 4] z) {
@@ -91,6 +95,12 @@ class TestReport:
             assert 0 < model.min_ms <= model.low_ms <= model.median_ms <= model.high_ms
             assert model.median_ms <= model.p90_ms <= model.p99_ms
             assert model.runs > 0
+            assert model.quantiles_ms[0] == model.min_ms
+            assert model.quantiles_ms[90] == pytest.approx(model.p90_ms)
+            assert len(model.quantiles_ms) == 101
+            assert model.per_second == pytest.approx(1e3 / model.median_ms)
+            assert model.grant == Grant("cpu", {"CPUExecutionProvider": 1 + (model.name == "two")}, {})
+            assert model.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
             assert 0 < model.loaded_mb <= model.peak_mb
             assert model.load_ms > 0
             assert model.first_ms > 0
@@ -101,7 +111,7 @@ class TestReport:
         assert report.launches == 1
         assert report.stopped_because == "time spent"
         assert report.inputs == "x float32[1, 4] (random, seed 0)"
-        assert report.threads == 1
+        assert report.conditions == ONE.pinned()
         assert shares == sorted(shares)
         assert shares[-1] == 1.0
 
@@ -122,7 +132,7 @@ class TestReport:
     def test_stops_when_it_knows_enough(self, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rounds, "_LAUNCH_SECONDS", 0.0)
         models = {"one": good, "two": good}
-        report = measure(models, precision=1e6, max_seconds=60.0, threads=1, self_check=False)
+        report = measure(models, precision=1e6, max_seconds=60.0, conditions=ONE, self_check=False)
         assert report.stopped_because == "precision reached"
         assert report.launches == 3  # fewer would leave the variance of the launches a guess
 
@@ -145,7 +155,19 @@ class TestInputs:
 
     def test_a_feed_that_does_not_fit_is_a_failure(self, good: Path) -> None:
         report = measure({"good": good}, feed={"z": np.ones((1, 4), np.float32)}, **QUICK)
+        assert cause(report, "good") == "it takes x and was given z"
+
+    def test_of_a_wrong_shape_is_a_failure(self, good: Path) -> None:
+        report = measure({"good": good}, feed={"x": np.ones((1, 5), np.float32)}, **QUICK)
         assert "does not run on these inputs" in cause(report, "good")
+
+    def test_of_each_models_own(self, good: Path, tmp_path: Path) -> None:
+        other = save(tmp_path, GOOD.replace("x", "z"), "other.onnx")
+        feeds = {"other": {"z": np.ones((1, 4), np.float32)}}
+        report = measure(
+            {"good": good, "other": other}, feed={"x": feeds["other"]["z"]}, feeds=feeds, **QUICK
+        )
+        assert report.inputs == "x float32[1, 4]; z float32[1, 4]"
 
     def test_dynamic_dimensions_are_one(self, tmp_path: Path) -> None:
         path = save(tmp_path, "g (float[batch, 4] x) => (float[batch, 4] y) { y = Relu(x) }")
@@ -173,11 +195,11 @@ class TestInputs:
         ("arguments", "text"),
         [
             ({"models": {}}, "no model"),
-            ({"threads": 0}, "threads"),
             ({"precision": 0.0}, "precision"),
             ({"max_seconds": -1.0}, "max_seconds"),
             ({"timeout": math.nan}, "timeout"),
-            ({"provider": "abacus"}, "abacus"),
+            ({"conditions": Conditions("abacus")}, "abacus"),
+            ({"conditions": Conditions(cores=(4096,))}, "core 4096"),
         ],
     )
     def test_arguments_without_sense(self, good: Path, arguments: dict[str, Any], text: str) -> None:
@@ -188,7 +210,47 @@ class TestInputs:
         here = import_onnxruntime().get_available_providers()
         absent = next(short for short, (name, _) in PROVIDERS.items() if name not in here)
         with pytest.raises(ProviderError, match="pip install"):
-            measure({"good": good}, provider=absent)
+            measure({"good": good}, conditions=Conditions(absent))
+
+
+class TestConditions:
+    def test_several_runs_at_once_are_a_throughput(self, good: Path) -> None:
+        conditions = Conditions(threads=1, concurrency=3, batch=5)
+        (model,) = measure({"good": good}, max_seconds=0.1, conditions=conditions).models
+        assert model.per_second > 0
+        assert model.per_second != pytest.approx(
+            5e3 / model.median_ms, rel=1e-9
+        )  # it is counted, not implied
+
+    @pytest.mark.parametrize("bound", [False, True])
+    def test_values_bound_to_the_device(self, good: Path, bound: bool) -> None:
+        conditions = Conditions(threads=1, io_binding=bound)
+        assert measure({"good": good}, max_seconds=0.1, conditions=conditions).models[0].failed is None
+
+    def test_text_is_never_bound(self, tmp_path: Path) -> None:
+        path = save(tmp_path, "g (string[2] x) => (string[2] y) { y = Identity(x) }")
+        conditions = Conditions(io_binding=True)
+        assert measure({"m": path}, max_seconds=0.1, conditions=conditions).models[0].failed is None
+
+    def test_a_part_of_the_nodes_is_not_enough_for_the_strict(
+        self, good: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A CPU build grants everything, so the record is changed on its way from the worker."""
+        ask = IsolatedModel.ask
+
+        def partly(self: IsolatedModel, command: str, **arguments: Any) -> dict[str, Any]:
+            reply = ask(self, command, **arguments)
+            if command == "open":
+                reply["grant"] = {"provider": "cuda", "assigned": {"A": 7, "B": 2}, "elsewhere": {"Shape": 2}}
+            return reply
+
+        monkeypatch.setattr(IsolatedModel, "ask", partly)
+        report = measure({"good": good}, **QUICK)
+        assert report.models[0].failed is None
+        assert report.models[0].grant == Grant("cuda", {"A": 7, "B": 2}, {"Shape": 2})
+        strict = measure({"good": good}, max_seconds=0.1, conditions=Conditions(strict=True))
+        assert "7 of 9 nodes" in cause(strict, "good")
+        assert "Shape 2" in cause(strict, "good")
 
 
 class TestFailures:
@@ -278,15 +340,18 @@ class TestInterruption:
 class TestIsolatedModel:
     def opened(self, model: IsolatedModel, path: Path, cores: tuple[int, ...] = ()) -> None:
         model.wait_until_ready()
-        model.ask("open", model=str(path), provider="cpu", threads=1, cores=cores, spinning=True)
+        conditions = Conditions(threads=1, cores=cores)
+        model.ask("open", model=str(path), **conditions.to_dict())
 
     @POSIX
     def test_is_at_rest_when_it_is_not_asked(self, good: Path, tmp_path: Path) -> None:
         with IsolatedModel(tmp_path / "log", threads=1, timeout=60) as model:
             self.opened(model, good)
             (process,) = workers()
-            process_status = process.status()
-        assert process_status == psutil.STATUS_STOPPED
+            deadline = time.monotonic() + 10  # a signal takes a moment to arrive
+            while (status := process.status()) != psutil.STATUS_STOPPED and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert status == psutil.STATUS_STOPPED
 
     @LINUX
     def test_is_pinned(self, good: Path, tmp_path: Path) -> None:
@@ -362,6 +427,24 @@ class Clock:
     def run(self) -> None:
         self.now += self._seconds[min(self.runs, len(self._seconds) - 1)]
         self.runs += 1
+
+
+class TestBlocks:
+    def players(self, *steady: float) -> list[rounds._Player]:
+        nobody: Any = None
+        players = [rounds._Player(rounds.Record(Path()), nobody, seconds) for seconds in steady]
+        rounds._set_counts(players)
+        return players
+
+    @pytest.mark.parametrize(
+        ("steady", "count"),
+        [((0.002, 0.002), 5), ((0.0019, 0.0021), 5), ((1e-4, 1e-4), 99), ((1e-4, 0.5), 1), ((2.0,), 1)],
+    )
+    def test_are_of_as_many_runs_for_all(self, steady: tuple[float, ...], count: int) -> None:
+        assert {player.count for player in self.players(*steady)} == {count}
+
+    def test_fill_the_caches_first(self) -> None:
+        assert [player.lead for player in self.players(1e-4, 0.01, 0.2)] == [10, 1, 0]
 
 
 class TestWarmUp:

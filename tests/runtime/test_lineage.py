@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from edgewise.runtime.lineage import lineage
+from edgewise.runtime.lineage import lineage, weight_of_convolution
 
 HEADER = '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1, "com.microsoft.nchwc": 1]>'
 Parts = dict[str, tuple[str, ...]]
@@ -85,6 +85,28 @@ class TestLineage:
         )
         assert lineage(graph(RESIDUAL), run) == {"b_nchwc": ("A", "B"), "c_nchwc": ("C", "D", "Y"), "Y": ()}
 
+    def test_an_operator_on_quantized_values_takes_in_the_quantization_behind_it(self) -> None:
+        text = """g (uint8[1, 2, 4, 4] x) => (uint8[1, 2, 4, 4] y)
+            <float s = {0.1}, uint8 z = {0}, float[2, 2, 1, 1] w = {1, 2, 3, 4}> {
+            a = DequantizeLinear(x, s, z) b = Conv(a, w) c = Relu(b) d = QuantizeLinear(c, s, z)
+            e = DequantizeLinear(d, s, z) f = Conv(e, w) y = QuantizeLinear(f, s, z)
+        }"""
+        run = executed(
+            """g (uint8[1, 2, 4, 4] x) => (uint8[1, 2, 4, 4] y)
+                <float s = {0.1}, uint8 z = {0}, int8[2, 2, 1, 1] w = {1, 2, 3, 4}> {
+                p = QLinearConv(x, s, z, w, s, z, s, z) q = QLinearConv(p, s, z, w, s, z, s, z)
+                y = Transpose(q)
+            }""",
+            p="B_token_1",
+            q="F_token_2",
+            y="Transpose",
+        )
+        assert lineage(graph(text), run) == {
+            "B_token_1": ("A", "B", "C", "D"),
+            "F_token_2": ("E", "F", "Y"),
+            "Transpose": (),
+        }
+
     def test_constants_are_left_out(self) -> None:
         file = graph("g (float[1] x) => (float[1] y) { c = Constant<value_floats = [1.0]>() y = Add(x, c) }")
         run = executed("g (float[1] x) => (float[1] y) <float[1] c = {1}> { y = Add(x, c) }")
@@ -102,6 +124,25 @@ class TestLineage:
         folded = graph(text)
         folded.remove(folded[0], safe=False)
         assert lineage(graph(text), folded) == {"Y": ("A", "Y")}
+
+
+class TestWeightOfConvolution:
+    TEXT = """g (float[1, 2, 4, 4] x, float[2, 2, 1, 1] v) => (float[1, 2, 4, 4] y)
+        <float[2, 2, 1, 1] w = {1, 2, 3, 4}, int8[2, 2, 1, 2] q = {1, 2, 3, 4, 5, 6, 7, 8}, float s = {1}> {
+        a = Conv(x, w) d = DequantizeLinear(q, s) b = Conv(a, d) c = Conv(b, v) y = Relu(c)
+    }"""
+
+    def test_is_constant_or_dequantized_or_not_known(self) -> None:
+        found = {node.name: weight_of_convolution(node) for node in graph(self.TEXT)}
+        assert found == {"A": 4, "D": None, "B": 8, "C": None, "Y": None}
+
+    def test_of_a_constant_node(self) -> None:
+        file = graph(
+            """g (float[1, 1, 4, 4] x) => (float[1, 1, 4, 4] y) {
+                w = Constant<value = float[1, 1, 1, 1] {2}>() y = Conv(x, w)
+            }"""
+        )
+        assert weight_of_convolution(file[1]) == 1
 
 
 def by_onnxruntime(file: Path, folder: Path) -> tuple[ir.Graph, Parts]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import pytest
 from edgewise.runtime import machine
 from edgewise.runtime.evaluate import Evaluator
 from edgewise.runtime.machine import Machine, cores_for, cpu_limit, describe
+from edgewise.runtime.session import import_onnxruntime
 
 XEON = "processor\t: 0\nmodel name\t: Intel(R) Xeon(R)\nflags\t\t: fpu avx2 avx512f avx512_vnni amx_int8\n\n"
 NEOVERSE = "processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\n"
@@ -42,10 +44,16 @@ class TestDescribe:
         assert here.memory_gb > 0
         assert here.python == platform.python_version()
         assert "CPUExecutionProvider" in here.providers
+        assert here.build == import_onnxruntime().get_build_info() != ""
 
     def test_survives_json(self) -> None:
         here = describe()
         assert Machine.from_dict(json.loads(json.dumps(here.to_dict(), allow_nan=False))) == here
+
+    def test_reads_what_an_earlier_version_wrote(self) -> None:
+        old = describe().to_dict()
+        del old["build"], old["turbo"]
+        assert Machine.from_dict(old) == dataclasses.replace(describe(), build="", turbo=None)
 
     def test_intel(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         here = describe_as(monkeypatch, tmp_path, "x86_64", XEON)
@@ -69,6 +77,27 @@ class TestDescribe:
         write(tmp_path, {"sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n"})
         assert describe(tmp_path).governor == "powersave"
 
+    @pytest.mark.parametrize(
+        ("name", "text", "turbo"),
+        [
+            ("intel_pstate/no_turbo", "0\n", True),
+            ("intel_pstate/no_turbo", "1\n", False),
+            ("cpufreq/boost", "1\n", True),
+            ("cpufreq/boost", "0\n", False),
+            ("other", "1", None),
+        ],
+    )
+    def test_turbo(self, tmp_path: Path, name: str, text: str, turbo: bool | None) -> None:
+        assert describe(write(tmp_path, {f"sys/devices/system/cpu/{name}": text})).turbo is turbo
+
+    def test_macos_names_its_instruction_sets_otherwise(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        told = "hw.optional.AdvSIMD: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\n"
+        monkeypatch.setattr(platform, "system", lambda: "Darwin")
+        monkeypatch.setattr(machine, "_output_of", lambda *command: told if command[0] == "sysctl" else None)
+        assert describe(tmp_path).isa == ("asimd", "asimddp")
+
     def test_graphics_cards(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         tool = tmp_path / "nvidia-smi"
         tool.write_text("#!/bin/sh\necho 'NVIDIA A10, 570.1'\necho 'NVIDIA T4, 570.1'\n")
@@ -77,6 +106,60 @@ class TestDescribe:
         assert describe().gpus == ("NVIDIA A10, 570.1", "NVIDIA T4, 570.1")
         tool.write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
         assert describe().gpus == ()
+
+
+class TestDifferences:
+    HERE = Machine(
+        cpu="AMD EPYC",
+        architecture="x86_64",
+        isa=("avx2",),
+        physical_cores=2,
+        logical_cores=4,
+        usable_cores=4,
+        cpu_limit=None,
+        governor="performance",
+        memory_gb=16.6,
+        os="Linux-6.1",
+        python="3.11.7",
+        onnxruntime="1.31.1",
+        distributions=("onnxruntime",),
+        providers=("CPUExecutionProvider",),
+        gpus=(),
+        build="build type=Release",
+        turbo=True,
+    )
+
+    def test_none(self) -> None:
+        assert self.HERE.differences(self.HERE) == ()
+
+    @pytest.mark.parametrize(
+        ("field", "value", "line"),
+        [
+            ("cpu", "Xeon", "CPU: AMD EPYC -> Xeon"),
+            ("isa", ("avx2", "avx512f"), "instruction sets: avx2 -> avx2, avx512f"),
+            ("physical_cores", 4, "cores: 2 physical, 4 logical -> 4 physical, 4 logical"),
+            ("usable_cores", 1, "usable cores: 4 -> 1"),
+            ("cpu_limit", 1.5, "CPU limit: none -> 1.5 cores"),
+            ("governor", "powersave", "governor: performance -> powersave"),
+            ("turbo", False, "turbo: on -> off"),
+            ("memory_gb", 8.0, "memory: 17 GB -> 8 GB"),
+            ("os", "Linux-6.2", "system: Linux-6.1 -> Linux-6.2"),
+            ("onnxruntime", "1.24.1", "onnxruntime: 1.31.1 (onnxruntime) -> 1.24.1 (onnxruntime)"),
+            ("distributions", (), "onnxruntime: 1.31.1 (onnxruntime) -> 1.31.1 (own build)"),
+            ("build", "Debug", "onnxruntime's build: build type=Release -> Debug"),
+            ("gpus", ("T4, 570.1",), "GPU: none -> T4, 570.1"),
+        ],
+    )
+    def test_that_matter(self, field: str, value: object, line: str) -> None:
+        assert self.HERE.differences(dataclasses.replace(self.HERE, **{field: value})) == (line,)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("governor", None), ("turbo", None), ("build", ""), ("isa", ()), ("python", "3.14.0")],
+    )
+    def test_that_are_not_known_or_do_not_matter(self, field: str, value: object) -> None:
+        other = dataclasses.replace(self.HERE, **{field: value})
+        assert self.HERE.differences(other) == other.differences(self.HERE) == ()
 
 
 def test_saturation_is_what_onnxruntime_shows() -> None:

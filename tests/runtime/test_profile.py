@@ -14,11 +14,17 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from edgewise.runtime.errors import InputError
-from edgewise.runtime.profile import NodeTime, Profile, profile
+from edgewise.optimizer.inspection import count_macs
+from edgewise.runtime import trace as tracing
+from edgewise.runtime.costs import Operand
+from edgewise.runtime.errors import EdgewiseError, InputError
+from edgewise.runtime.profile import Profile, profile, profile_isolated
+from edgewise.runtime.profile import _Graphs as Graphs
 from edgewise.runtime.profile import _in_float as in_float
+from edgewise.runtime.profile import _inputs as inputs
 from edgewise.runtime.profile import _node_times as node_times
-from edgewise.runtime.session import PROVIDERS, ProviderError, import_onnxruntime
+from edgewise.runtime.session import PROVIDERS, Grant, ProviderError, import_onnxruntime
+from edgewise.runtime.trace import Trace
 
 HEADER = '<ir_version: 8, opset_import: ["": 17]>'
 CHAIN = "g (float[n, 4] x) => (float[n, 4] y) { a = Exp(x) b = Sin(a) y = Relu(b) }"
@@ -64,7 +70,9 @@ class TestProfile:
         assert report.runs == 5
         assert all(node.calls == 1 for node in report.nodes)
         assert all(node.provider == "CPUExecutionProvider" for node in report.nodes)
-        assert report.assigned in ({}, {"CPUExecutionProvider": 3})
+        assert report.grant == Grant("cpu", {"CPUExecutionProvider": 3}, {})
+        assert report.assigned == {"CPUExecutionProvider": 3}
+        assert report.elsewhere == {}
         assert report.copies() == 0
 
     def test_adds_up(self, tmp_path: Path) -> None:
@@ -72,6 +80,8 @@ class TestProfile:
         assert sum(node.share for node in report.nodes) == pytest.approx(1)
         assert sum(op.ms for op in report.by_op()) == pytest.approx(sum(n.ms for n in report.nodes))
         assert sum(op.nodes for op in report.by_op()) == 3
+        assert [(k.kind, k.nodes, k.dtypes) for k in report.by_kind()] == [("elementwise", 3, ("float32",))]
+        assert report.by_kind()[0].bytes == 3 * 2 * 5000 * 4 * 4
         assert report.share_by_provider() == pytest.approx({"CPUExecutionProvider": 1})
         assert [n.ms for n in report.nodes] == sorted((n.ms for n in report.nodes), reverse=True)
         assert 0 < sum(n.ms for n in report.nodes) < report.run_ms
@@ -83,6 +93,8 @@ class TestProfile:
         report = profile(path, threads=1, runs=2)
         assert sorted(sources(report).values()) == ["Exp", "Relu", "Sin"]
         assert len({node.sources for node in report.nodes}) == 3
+        own = {name for names in sources(report) for name in names} - set(names)
+        assert own <= {"a", "b", "y"}  # called after what they give, as in any version of the file
         assert path.read_bytes() == before
 
     def test_a_fused_node_names_what_is_in_it(self, tmp_path: Path) -> None:
@@ -109,11 +121,9 @@ class TestProfile:
     def test_as_json(self, tmp_path: Path) -> None:
         report = profile(save(tmp_path, CHAIN), threads=1, runs=2)
         data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-        assert len(data["nodes"]) == 3
         assert {op["op_type"] for op in data["by_op"]} == {"Exp", "Sin", "Relu"}
-        assert (
-            NodeTime(**{**data["nodes"][0], "sources": tuple(data["nodes"][0]["sources"])}) == report.nodes[0]
-        )
+        assert [k["kind"] for k in data["by_kind"]] == ["elementwise"]
+        assert Profile.from_dict(data) == report
 
     def test_what_cannot_be_profiled(self, tmp_path: Path) -> None:
         path = save(tmp_path, CHAIN)
@@ -154,16 +164,18 @@ class TestInFloat:
         assert self.names(text) == set()
 
 
-def event(name: str, op: str, start: int, duration: int) -> dict[str, Any]:
-    args = {"op_name": op, "provider": "CPUExecutionProvider"}
+def event(name: str, op: str, start: int, duration: int, **more: Any) -> dict[str, Any]:
+    args = {"op_name": op, "provider": "CPUExecutionProvider", **more}
     return {"cat": "Node", "name": f"{name}_kernel_time", "ts": start, "dur": duration, "args": args}
 
 
 class TestNodeTimes:
     WINDOWS = ({"ts": 100, "dur": 100}, {"ts": 200, "dur": 100})
+    NOTHING = Graphs({}, {}, {})
 
     def times(self, *events: dict[str, Any]) -> dict[str, tuple[int, float]]:
-        return {n.name: (n.calls, n.ms) for n in node_times(events, self.WINDOWS, {})}
+        found = node_times(Trace(events, self.WINDOWS), self.NOTHING)
+        return {n.name: (n.calls, n.ms) for n in found}
 
     def test_are_means_over_the_runs_without_the_warm_up(self) -> None:
         events = [event("a", "Exp", 10, 90), event("a", "Exp", 110, 20), event("a", "Exp", 210, 40)]
@@ -186,3 +198,165 @@ class TestNodeTimes:
 
     def test_a_model_without_nodes(self) -> None:
         assert self.times() == {}
+
+    def test_what_is_done_counts_every_call_of_one_run(self) -> None:
+        shapes = {
+            "input_type_shape": [{"float": [2, 8]}, {"float": [8, 4]}],
+            "output_type_shape": [{"float": [2, 4]}],
+        }
+        calls = [event("a", "MatMul", start, 10, **shapes) for start in (110, 130, 210, 230)]
+        (node,) = node_times(Trace(calls, self.WINDOWS), self.NOTHING)
+        assert (node.calls, node.macs, node.bytes) == (2, 2 * 2 * 4 * 8, 2 * 4 * (16 + 32 + 8))
+        assert (node.kind, node.dtype) == ("matrix product", "float32")
+        assert node.gflops == pytest.approx(2 * node.macs / 20e-6 / 1e9)
+        assert node.gbps == pytest.approx(node.bytes / 20e-6 / 1e9)
+
+    def test_nodes_elsewhere(self) -> None:
+        copy = {"op": "MemcpyToHost", "provider": "CUDAExecutionProvider"}
+        events = [
+            e
+            for start in (110, 210)
+            for e in (event("a", "Exp", start, 10), event("b", **copy, start=start + 10, duration=30))
+        ]
+        nodes = node_times(Trace(events, self.WINDOWS), self.NOTHING)
+        found = Profile("m.onnx", "cuda", None, 2, 0.1, nodes, Grant("cuda", {}, {}), None)
+        assert found.elsewhere == {"CPUExecutionProvider": {"Exp": 1}}
+        assert found.copies() == 1
+        assert found.share_by_provider() == pytest.approx(
+            {"CPUExecutionProvider": 0.25, "CUDAExecutionProvider": 0.75}
+        )
+
+
+def test_inputs_that_onnxruntime_no_longer_holds() -> None:
+    text = """g (float[1, 2, 4, 4] x) => (float[1, 2, 4, 4] y)
+        <float[2, 2, 1, 1] w = {1, 2, 3, 4}, float[2] b = {1, 2}> {
+        y = Conv(x, w, b)
+    }"""
+    (node,) = ir.from_proto(onnx.parser.parse_model(HEADER + text)).graph
+    data, weight, bias = (Operand("float32", s) for s in ((1, 2, 4, 4), (2, 2, 1, 1), (2,)))
+    assert list(inputs(node, [data, weight, bias])) == [data, weight, bias]
+    assert list(inputs(node, [data, bias])) == [data, weight, bias]
+    assert list(inputs(node, [data])) == [data, weight, bias]
+    assert list(inputs(node, [])) == [None, weight, bias]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cifar_resnet20",
+        "dtln_1",
+        "mlperftiny_ad_autoencoder",
+        "mlperftiny_kws_dscnn",
+        "mlperftiny_vww_mobilenetv1_025",
+        "mnv1_050_160_tf_qdq",
+        "squeezenet_fp32",
+        "ultraface_rfb_320",
+    ],
+)
+def test_the_work_is_that_of_the_file(corpus: Path, name: str) -> None:
+    """Whatever was fused, quantized, or padded to full blocks of channels."""
+    path = corpus / "models" / f"{name}.onnx"
+    found = profile(path, threads=1, runs=2)
+    assert sum(node.macs or 0 for node in found.nodes) == count_macs(ir.load(path)).total
+    assert all(node.macs is not None for node in found.nodes)
+
+
+def test_channels_that_fill_a_block_do_not_count(tmp_path: Path) -> None:
+    graph = "g (float[1, 3, 8, 8] x) => (float[1, 19, 8, 8] y) { a = Conv(x, w) b = Relu(a) y = Conv(b, v) }"
+    path = save(tmp_path, graph, "one", "relu", "two")
+    model = onnx.load(path)
+    for name, shape in (("w", (17, 3, 1, 1)), ("v", (19, 17, 1, 1))):
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    onnx.save(model, path)
+    counts = {n.sources: n.macs for n in profile(path, threads=1, runs=2).nodes if n.kind == "convolution"}
+    assert counts == {("one", "relu"): 64 * 17 * 3, ("two",): 64 * 19 * 17}
+
+
+class TestRuns:
+    def test_as_many_as_asked_for(self, tmp_path: Path) -> None:
+        assert profile(save(tmp_path, CHAIN), threads=1, runs=7).runs == 7
+
+    def test_fewer_of_a_slow_model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tracing, "_SECONDS", 0.0)
+        assert profile(save(tmp_path, CHAIN), threads=1).runs == 3
+
+    def test_not_without_end_of_a_fast_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tracing, "_SECONDS", 1e9)
+        assert profile(save(tmp_path, CHAIN), threads=1).runs == 30
+
+
+@pytest.mark.parametrize("provider", ["cpu", "openvino"])
+def test_a_graph_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provider: str) -> None:
+    """The nodes of the file are all that is known then: those that kept their name stand for themselves."""
+    if provider == "cpu":
+        monkeypatch.setattr("edgewise.runtime.profile._SHOWS_ITS_GRAPH", frozenset())
+    elif PROVIDERS[provider][0] not in import_onnxruntime().get_available_providers():
+        pytest.skip(f"the onnxruntime installed here has no {provider}")
+    found = profile(save(tmp_path, CHAIN, "one", "two", "three"), provider=provider, threads=1, runs=2)
+    assert found.in_float is None
+    if provider == "cpu":
+        assert {node.sources for node in found.nodes} == {("one",), ("two",), ("three",)}
+
+
+def test_a_folder_that_cannot_take_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving is a help; a profile without it is better than none."""
+    real = tracing.tracing
+
+    def elsewhere(session: Any, path: Path, folder: Path, executed: Path | None) -> Any:
+        return real(session, path, folder, folder / "missing" / "executed.onnx")
+
+    monkeypatch.setattr("edgewise.runtime.profile.tracing", elsewhere)
+    assert profile(save(tmp_path, CHAIN), threads=1, runs=2).in_float is None
+
+
+class TestIsolated:
+    def test_is_the_same_profile(self, tmp_path: Path) -> None:
+        path = save(tmp_path, CHAIN, "one", "two", "three")
+        found = profile_isolated(path, {"x": np.ones((7, 4), np.float32)}, threads=1, runs=3)
+        assert sources(found) == {("one",): "Exp", ("two",): "Sin", ("three",): "Relu"}
+        assert {node.bytes for node in found.nodes} == {2 * 7 * 4 * 4}
+        assert found.runs == 3
+
+    def test_seeded_inputs(self, tmp_path: Path) -> None:
+        assert len(profile_isolated(save(tmp_path, CHAIN), threads=1, runs=2, seed=3).nodes) == 3
+
+    def test_what_does_not_run_is_one_line(self, tmp_path: Path) -> None:
+        path = save(tmp_path, CHAIN)
+        with pytest.raises(
+            EdgewiseError, match=r"model.onnx could not be profiled: .*does not run"
+        ) as caught:
+            profile_isolated(path, {"x": np.ones((1, 9, 9), np.float32)}, threads=1)
+        assert len(str(caught.value).splitlines()) == 1
+
+    def test_a_provider_that_is_not_there(self, tmp_path: Path) -> None:
+        here = import_onnxruntime().get_available_providers()
+        missing = next(short for short, (name, _) in PROVIDERS.items() if name not in here)
+        with pytest.raises(ProviderError, match="pip install"):
+            profile_isolated(save(tmp_path, CHAIN), provider=missing)
+
+    def test_a_model_that_hangs(self, tmp_path: Path) -> None:
+        endless = """g (float[4] x) => (float[4] y) <int64 n = {1000000000}, bool on = {1}> {
+            y = Loop(n, on, x) <body = b (int64 i, bool c, float[4] a) => (bool d, float[4] z) {
+                d = Identity(c) z = Sin(a)
+            }>
+        }"""
+        with pytest.raises(EdgewiseError, match="could not be profiled: no answer within 2 s"):
+            profile_isolated(save(tmp_path, endless), threads=1, timeout=2.0)
+
+    def test_a_model_that_crashes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A process that reads this model dies of a signal, whatever the model."""
+        (tmp_path / "sitecustomize.py").write_text(
+            "import onnx_ir, os, signal\nonnx_ir.load = lambda *_: os.kill(os.getpid(), signal.SIGSEGV)\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        with pytest.raises(EdgewiseError, match="could not be profiled: onnxruntime crashed with SIGSEGV"):
+            profile_isolated(save(tmp_path, CHAIN), threads=1, timeout=30.0)
+
+
+def test_on_a_gpu(tmp_path: Path) -> None:
+    if "CUDAExecutionProvider" not in import_onnxruntime().get_available_providers():
+        pytest.skip("no GPU: onnxruntime here has no CUDA")
+    found = profile_isolated(save(tmp_path, CHAIN, "one", "two", "three"), provider="cuda", runs=3)
+    assert found.in_float == ()
+    assert "CUDAExecutionProvider" in found.share_by_provider()
+    assert {name for node in found.nodes for name in node.sources} == {"one", "two", "three"}
