@@ -1,7 +1,8 @@
 """How good the benchmark itself is: python benchmarks/bench_quality.py --runs 20
 
 Prints how often a file differs from itself, how often 3 % more work is found, how far the median is
-from a plain loop's, how long a run of two small models takes, and how fast a worker starts.
+from a plain loop's, how long a run of two small models takes, and how fast a worker starts; and, as the
+rival, what two plain loops of the same file one after the other would have claimed.
 The machine should be quiet: what else runs on it is part of what is measured.
 """
 
@@ -20,12 +21,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edgewise.runtime.conditions import Conditions
+from edgewise.runtime.evaluate import Array
 from edgewise.runtime.isolated import IsolatedModel
 from edgewise.runtime.latency import LatencyReport, measure
 from edgewise.runtime.machine import cores_for, describe
 
 LAYERS = 33  # one more is 3 % more work
 CHANNELS, SIDE = 16, 28
+SIDE_BY_SIDE = 24  # times that all ways to measure take turns
+TURN_SECONDS = 3.0  # short, for a shared machine drifts
 
 PLAIN_LOOP = """
 import os, sys, time
@@ -37,7 +42,7 @@ options.intra_op_num_threads = int(sys.argv[3])
 session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 rng = np.random.default_rng(0)
 feed = {i.name: rng.standard_normal(i.shape).astype(np.float32) for i in session.get_inputs()}
-seconds, end = [], time.perf_counter() + 3
+seconds, end = [], time.perf_counter() + 1
 while time.perf_counter() < end:
     start = time.perf_counter()
     session.run(None, feed)
@@ -69,7 +74,9 @@ def pairs(first: Path, second: Path, runs: int, threads: int) -> list[LatencyRep
     """The same pair of files measured `runs` times at default settings."""
     reports = []
     for run in range(runs):
-        reports.append(measure({"first": first, "second": second}, threads=threads, seed=run))
+        reports.append(
+            measure({"first": first, "second": second}, conditions=Conditions(threads=threads), seed=run)
+        )
         ratio = reports[-1].ratios[0]
         print(
             f"  {run + 1:3d}: {ratio.speedup:.4f} [{ratio.low:.4f}, {ratio.high:.4f}] {ratio.verdict}, "
@@ -92,6 +99,29 @@ def plain_loop(path: Path, threads: int) -> float:
     cores = ",".join(map(str, cores_for(threads)))
     command = [sys.executable, "-c", PLAIN_LOOP, str(path), cores, str(threads)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def side_by_side(path: Path, threads: int) -> dict[str, Array]:
+    """The median of the same file by every way to measure it, in milliseconds, in turns."""
+    ways: dict[str, list[float]] = {"loop": [], "beside": [], "loop again": [], "alone": []}
+    for seed in range(SIDE_BY_SIDE):
+        for way, medians in ways.items():
+            if "loop" in way:
+                medians.append(plain_loop(path, threads))
+                continue
+            models = {"net": path, "other": path} if way == "beside" else {"net": path}
+            conditions = Conditions(threads=threads)
+            report = measure(models, conditions=conditions, max_seconds=TURN_SECONDS, seed=seed)
+            medians.append(report.models[0].median_ms)
+    return {way: np.array(medians) for way, medians in ways.items()}
+
+
+def gap(one: Array, other: Array) -> str:
+    """By how much two ways to measure differ: the median with its standard error, and the middle half."""
+    ratios = np.log(one / other)
+    low, middle, high = np.expm1(np.quantile(ratios, [0.25, 0.5, 0.75]))
+    error = 1.2533 * 1.4826 * np.median(np.abs(ratios - np.median(ratios))) / np.sqrt(len(ratios))
+    return f"{middle:+.1%} \N{PLUS-MINUS SIGN} {error:.1%} (middle half {low:+.1%} to {high:+.1%})"
 
 
 def worker_start(folder: Path) -> float:
@@ -120,15 +150,16 @@ def main() -> None:
         same = pairs(net, net, options.runs, options.threads)
         print(f"one layer more: {1 / LAYERS:.1%} more work")
         different = pairs(net, more, options.runs, options.threads)
-        alone = measure({"net": net}, threads=options.threads).models[0].median_ms
-        loop = plain_loop(net, options.threads)
+        ways = side_by_side(net, options.threads)
         start = worker_start(folder)
     reports = same + different
-    beside = float(np.median([report.models[0].median_ms for report in reports]))
     print(f"same file:        {verdicts(same)}")
     print(f"{1 / LAYERS:.0%} more work:     {verdicts(different)}")
     print(f"noise floor:      median {np.median([r.noise_floor for r in reports]):.2%}")
-    print(f"median alone:     {alone:.4f} ms, beside another model {beside:.4f} ms, plain loop {loop:.4f} ms")
+    loops = np.sqrt(ways["loop"] * ways["loop again"])  # one before and one after
+    print(f"median, beside another model against alone:        {gap(ways['beside'], ways['alone'])}")
+    print(f"median, against plain loops:                       {gap(ways['beside'], loops)}")
+    print(f"rival: a plain loop against the next plain loop:   {gap(ways['loop again'], ways['loop'])}")
     seconds = [report.seconds for report in reports]
     print(f"two models take:  {np.median(seconds):.1f} s, at most {max(seconds):.1f} s")
     print(f"a worker starts:  {start:.2f} s")

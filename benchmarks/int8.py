@@ -32,6 +32,7 @@ from edgewise.optimizer import files
 from edgewise.optimizer.pipeline import Reference, run_passes
 from edgewise.optimizer.recipe import Recipe
 from edgewise.passes.insert_qdq import InsertQdq
+from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.evaluate import Evaluator, input_specs
 from edgewise.runtime.latency import measure
 
@@ -173,7 +174,9 @@ def race(
     """Median and speed-up over float of every file, in one paired run."""
     paths = {name: result.path for name, result in results.items()}
     feed = {input_of(files.load(paths["float"])): sample}
-    report = measure(paths, feed=feed, threads=options.threads, max_seconds=options.max_seconds)
+    report = measure(
+        paths, feed=feed, conditions=Conditions(threads=options.threads), max_seconds=options.max_seconds
+    )
     ratios: dict[str, Any] = {r.name: r for r in report.ratios}
     return {
         m.name: (f"{m.median_ms:.3f}",)

@@ -16,6 +16,7 @@ from edgewise.optimizer import files
 from edgewise.optimizer.pipeline import Reference, run_passes
 from edgewise.optimizer.probe import probe_feeds
 from edgewise.passes import EXACT_CHAIN, parse
+from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.latency import measure
 
 MULTIPLES = (1, 2, 4, 8, 16)
@@ -41,7 +42,9 @@ def speeds(path: Path, max_seconds: float) -> list[str]:
         for multiple in MULTIPLES:
             after, _ = run_passes(model, [parse(spec) for spec in chain(multiple)], reference)
             made[str(multiple)] = files.save(after, Path(folder) / f"{multiple}.onnx")
-        report = measure(made, feed=reference.feeds[0], threads=1, max_seconds=max_seconds)
+        report = measure(
+            made, feed=reference.feeds[0], conditions=Conditions(threads=1), max_seconds=max_seconds
+        )
     return [f"{r.speedup:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in report.ratios]
 
 

@@ -10,10 +10,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgewise.optimizer.benchmarking import benchmark
     from edgewise.optimizer.files import load, save
     from edgewise.optimizer.inspection import inspect
-    from edgewise.optimizer.jobs import benchmark, calibrate, compare, prune, quantize
+    from edgewise.optimizer.jobs import calibrate, compare, prune, quantize
     from edgewise.optimizer.optimization import optimize
+    from edgewise.optimizer.profiling import profile
     from edgewise.optimizer.torch_export import export
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "inspect",
     "load",
     "optimize",
+    "profile",
     "prune",
     "quantize",
     "save",
@@ -32,13 +35,14 @@ __all__ = [
 # No module may be named like a function: importing it would put the module in the function's place.
 _HOMES = MappingProxyType(
     {
-        "benchmark": "jobs",
+        "benchmark": "benchmarking",
         "calibrate": "jobs",
         "compare": "jobs",
         "export": "torch_export",
         "inspect": "inspection",
         "load": "files",
         "optimize": "optimization",
+        "profile": "profiling",
         "prune": "jobs",
         "quantize": "jobs",
         "save": "files",

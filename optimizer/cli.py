@@ -5,8 +5,10 @@ Heavy modules are imported inside the commands, so that `--help` answers at once
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -20,7 +22,9 @@ from edgewise.runtime.errors import EdgewiseError
 
 if TYPE_CHECKING:
     from edgewise.calibration.images import Preprocess
+    from edgewise.optimizer.benchmarking import Benchmark
     from edgewise.optimizer.console import Answer
+    from edgewise.optimizer.profiling import ProfileReport
     from edgewise.optimizer.recipe import Recipe
 
 _INTERRUPTED = 130  # what a shell gives for a process that SIGINT ended
@@ -81,6 +85,15 @@ def _check_folder(file: Path | None) -> Path | None:
     return file
 
 
+def _check_report(folder: Path | None) -> Path | None:
+    """Find out before the job, not after it, that its report cannot be written."""
+    from edgewise.optimizer.files import make_folder
+
+    if folder is not None:
+        make_folder(folder)
+    return folder
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="An .onnx file, or package.module:callable of a torch module.")
 ]
@@ -124,6 +137,12 @@ Threads = Annotated[int | None, typer.Option(metavar="N", help="Threads to run w
 Seed = Annotated[
     int | None, typer.Option(metavar="N", help="Seed of everything that is drawn; 0 by default.")
 ]
+ReportFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="DIR", callback=_check_report, help="Folder for report.html, to be looked at."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 NoBenchmark = Annotated[bool, typer.Option("--no-benchmark", help="Do not measure the latency.")]
 Json = Annotated[
@@ -152,6 +171,33 @@ def _preprocess(text: str | None) -> Preprocess | None:
     from edgewise.calibration.images import Preprocess
 
     return None if text is None else Preprocess.parse(text)
+
+
+def _integers(text: str, option: str, least: int = 1) -> list[int]:
+    """The numbers of a list such as 1,2,4."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise typer.BadParameter(f"{text!r} is no list of numbers from {least} such as 1,2,4 ({option})")
+    return [int(part) for part in parts]
+
+
+def _share(text: str, option: str) -> float:
+    """A share, written 5% or 0.05."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter(f"{text!r} is no share such as 5% or 0.05 ({option})")
+    return value
+
+
+def _draw(answer: Benchmark | ProfileReport, folder: Path | None) -> None:
+    """Write the page that people look at, where one is wanted."""
+    if folder is not None:
+        from edgewise.optimizer.page import write_page  # brings matplotlib, which takes a second
+
+        write_page(answer, folder)
 
 
 def _answer(answer: Answer, json_file: Path | None) -> None:
@@ -192,7 +238,7 @@ def optimize(
     threads: Threads = None,
     seed: Seed = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for report.json and report.md.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for report.html, report.json and report.md.")
     ] = None,
     force: Force = False,
     json_file: Json = None,
@@ -354,45 +400,154 @@ def prune(
 @app.command()
 def bench(
     models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL...", help="The .onnx files; the first is the baseline.")
+        list[Path], typer.Argument(metavar="MODEL...", help="The .onnx files; the first is the reference.")
     ],
     ep: Annotated[
-        str, typer.Option(metavar="LIST", help="Execution providers: cpu,cuda,tensorrt,openvino.")
+        str, typer.Option(metavar="LIST", help="Execution providers: cpu,cuda,tensorrt,openvino,...")
+    ] = "cpu",
+    threads: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Threads within an operator: 1,2,4. All cores by default."),
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="LIST", help="Samples a run: 1,8,32.")] = "1",
+    concurrency: Annotated[
+        str, typer.Option(metavar="LIST", help="Runs at once when throughput is measured: 1,4.")
+    ] = "1",
+    inter_op_threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Threads that run operators side by side.")
+    ] = None,
+    cores: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Cores to pin to: 2,3. As many as threads by default.")
+    ] = None,
+    spinning: Annotated[
+        bool, typer.Option("--spinning/--no-spinning", help="Whether idle threads spin, as deployed.")
+    ] = True,
+    io_binding: Annotated[
+        bool | None,
+        typer.Option(
+            "--io-binding/--no-io-binding", help="Keep inputs and outputs on the device. Default: on devices."
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="A model of which a provider takes only a part has failed.")
+    ] = False,
+    data: Data = None,
+    preprocess: Preprocessing = None,
+    precision: Annotated[
+        float, typer.Option(metavar="X", help="Stop when the interval is within this share of the ratio.")
+    ] = 0.01,
+    max_seconds: Annotated[
+        float, typer.Option(metavar="S", help="Stop after so many seconds, in each combination.")
+    ] = 10.0,
+    timeout: Annotated[
+        float, typer.Option(metavar="S", help="A model that does not answer for so long has failed.")
+    ] = 120.0,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="An earlier result (--json) to compare with.")
+    ] = None,
+    fail_if_slower: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Exit with 1 if a model is slower by more than this, 5% or 0.05: than in the baseline, "
+            "or without one than the first model.",
+        ),
+    ] = None,
+    seed: Seed = None,
+    report: ReportFolder = None,
+    json_file: Json = None,
+) -> None:
+    """Measure the latency of models side by side.
+
+    Each runs in a process of its own, in rounds that take turns. Lists give every combination.
+    """
+    from edgewise.optimizer.benchmarking import Benchmark, grid_of, sweep
+    from edgewise.optimizer.console import progress_bars
+
+    limit = None if fail_if_slower is None else _share(fail_if_slower, "--fail-if-slower")
+    earlier = None if baseline is None else Benchmark.load(baseline)
+    grid = grid_of(
+        [name.strip() for name in ep.split(",")],
+        [None] if threads is None else _integers(threads, "--threads"),
+        _integers(batch, "--batch"),
+        _integers(concurrency, "--concurrency"),
+        inter_op_threads=inter_op_threads,
+        cores=() if cores is None else tuple(_integers(cores, "--cores", least=0)),
+        spinning=spinning,
+        io_binding=io_binding,
+        strict=strict,
+    )
+    with progress_bars() as progress:
+        result = sweep(
+            models,
+            grid,
+            data=data,
+            preprocess=_preprocess(preprocess),
+            precision=precision,
+            max_seconds=max_seconds,
+            timeout=timeout,
+            seed=seed or 0,
+            progress=progress,
+        )
+    if earlier is not None:
+        result = result.against(earlier)
+    _draw(result, report)
+    _answer(result, json_file)
+    problems = [*result.failures, *(() if limit is None else result.slower(limit))]
+    if problems:
+        raise EdgewiseError("; ".join(problems))
+
+
+@app.command()
+def profile(
+    model: OnnxFile,
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER]", help="A second version, to hold against it.")
+    ] = None,
+    ep: Annotated[
+        str, typer.Option(metavar="NAME", help="Execution provider: cpu, cuda, tensorrt, openvino, ...")
     ] = "cpu",
     threads: Threads = None,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Samples a run.")] = 1,
     data: Data = None,
     preprocess: Preprocessing = None,
-    precision: Annotated[
-        float, typer.Option(metavar="X", help="Stop when the interval is within this share of the median.")
-    ] = 0.01,
-    max_seconds: Annotated[float, typer.Option(metavar="S", help="Stop after so many seconds.")] = 20.0,
+    runs: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="Runs; a few seconds' worth by default.")
+    ] = None,
+    no_peaks: Annotated[
+        bool, typer.Option("--no-peaks", help="Do not measure how fast the machine is at best.")
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option(metavar="S", help="A model that does not answer for so long has failed.")
+    ] = 120.0,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="Nodes shown.")] = 10,
     seed: Seed = None,
+    report: ReportFolder = None,
     json_file: Json = None,
 ) -> None:
-    """Measure the latency of models side by side.
+    """Show where the time of MODEL goes, node by node.
 
-    Each runs in a process of its own, in rounds that take turns.
+    With OTHER, another version of it such as its int8 form: where the difference comes from.
     """
+    from edgewise.optimizer import profile as job
     from edgewise.optimizer.console import progress_bars
-    from edgewise.optimizer.jobs import benchmark_on
 
     with progress_bars() as progress:
-        result = benchmark_on(
-            [name.strip() for name in ep.split(",")],
-            models,
+        result = job(
+            [model] if other is None else [model, other],
+            provider=ep,
             threads=threads,
             batch=batch,
             data=data,
             preprocess=_preprocess(preprocess),
-            precision=precision,
-            max_seconds=max_seconds,
+            runs=runs,
             seed=seed or 0,
+            peaks=not no_peaks,
+            timeout=timeout,
             progress=progress,
         )
-    _answer(result, json_file)
-    if failures := result.failures:
-        raise EdgewiseError(failures[0])
+    _draw(result, report)
+    _answer(dataclasses.replace(result, top=top), json_file)
 
 
 @app.command()

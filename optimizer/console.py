@@ -17,11 +17,14 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from edgewise.optimizer.benchmarking import Benchmark
 from edgewise.optimizer.comparison import Difference
 from edgewise.optimizer.demo import DemoReport
 from edgewise.optimizer.inspection import Inspection, PassList, Tensor
-from edgewise.optimizer.jobs import Benchmark, CalibrationReport, Comparison
+from edgewise.optimizer.jobs import CalibrationReport, Comparison
 from edgewise.optimizer.pipeline import Progress, StepReport
+from edgewise.optimizer.profile_view import profile_view
+from edgewise.optimizer.profiling import ProfileReport
 from edgewise.optimizer.recipe import Recipe
 from edgewise.optimizer.report import Candidate, Report, size_text, summary_rows
 from edgewise.optimizer.torch_export import ExportReport
@@ -31,6 +34,7 @@ from edgewise.runtime.latency import LatencyReport, ModelLatency, Ratio
 _STATUS_STYLES = {"applied": "green", "rolled back": "yellow"}
 _VERDICT_STYLES = {"faster": "green", "slower": "red"}
 _REASONS_SHOWN = 4
+_CONDITIONS = {"provider": "provider", "threads": "threads", "batch": "batch", "concurrency": "at once"}
 
 
 class Answer(Protocol):
@@ -93,7 +97,9 @@ def _(demo: DemoReport) -> RenderableType:
 
 @view.register
 def _(benchmark: Benchmark) -> RenderableType:
-    return Group(*(view(report) for report in benchmark.reports))
+    reports = benchmark.reports
+    parts = [view(reports[0])] if len(reports) == 1 else _sweep(reports)
+    return Group(*parts, *_baseline(benchmark))
 
 
 @view.register
@@ -114,14 +120,79 @@ def _shapes_text(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 @view.register
 def _(report: LatencyReport) -> RenderableType:
-    where = f"{report.machine.cpu}, {report.provider}, {_threads_text(report.threads)}"
-    lines = [_ratio_line(ratio) for ratio in report.ratios]
-    failures = [Text(f"{m.name} failed: {m.failed}", style="red") for m in report.models if m.failed]
-    end = Text(
-        f"inputs: {report.inputs}; stopped after {report.seconds:.0f} s: {report.stopped_because}",
-        style="dim",
+    return Group(
+        *_where(report, str(report.conditions)),
+        _latencies(report),
+        *(_ratio_line(ratio) for ratio in report.ratios),
+        *_warnings(report),
+        *_end(report),
     )
-    return Group(Text(where, style="bold"), _latencies(report.models), *lines, *failures, end)
+
+
+def _where(report: LatencyReport, conditions: str) -> list[RenderableType]:
+    machine = report.machine
+    cores = f"{machine.usable_cores} of {machine.logical_cores} cores"
+    facts = [", ".join(machine.isa), cores, f"onnxruntime {machine.onnxruntime}", *machine.gpus]
+    return [
+        Text(f"{machine.cpu}, {conditions}", style="bold"),
+        Text("; ".join(filter(None, facts)), style="dim"),
+    ]
+
+
+def _warnings(report: LatencyReport) -> list[RenderableType]:
+    """What must not be missed: models that failed, and where nodes ran if not simply on the CPU."""
+    granted = [(m.name, m.grant) for m in report.models if m.grant and not m.failed]
+    partial = [(name, grant) for name, grant in granted if not grant.complete]
+    whole = [(n, g) for n, g in granted if g.complete and report.conditions.provider != "cpu"]
+    return [
+        *(Text(f"{name} runs in part: {grant}", style="bold yellow") for name, grant in partial),
+        *(Text(f"{name}: {grant}", style="dim") for name, grant in whole),
+        *(Text(f"{m.name} failed: {m.failed}", style="red") for m in report.models if m.failed),
+    ]
+
+
+def _end(report: LatencyReport) -> list[RenderableType]:
+    floor = report.noise_floor
+    noise = "" if floor is None else f"; the same file twice: {2 * floor:.1%} apart"
+    stop = f"stopped after {report.seconds:.0f} s and {report.launches} launches: {report.stopped_because}"
+    return [Text(f"inputs: {report.inputs}", style="dim"), Text(f"{stop}{noise}", style="dim")]
+
+
+def _sweep(reports: Sequence[LatencyReport]) -> list[RenderableType]:
+    """One table for all combinations of conditions, with a column for each that is not the same in all."""
+    varied = [c for c in _CONDITIONS if len({getattr(r.conditions, c) for r in reports}) > 1]
+    titles = (*(_CONDITIONS[c] for c in varied), "model", "median ms", "samples/s", "speed-up")
+    table = _table(titles, (), right=range(len(varied) + 1, len(titles)), folds=(len(varied),))
+    for report in reports:
+        ratios = {ratio.name: ratio for ratio in report.ratios}
+        for i, m in enumerate(m for m in report.models if not m.failed):
+            conditions = ("" if i else str(getattr(report.conditions, c) or "all") for c in varied)
+            median = f"{_short(m.median_ms)} {_within(m)}"
+            table.add_row(
+                *conditions, m.name, median, _short(m.per_second), _speedup_text(ratios.get(m.name))
+            )
+    warnings = {str(w): w for report in reports for w in _warnings(report)}
+    inputs = Text(f"inputs: {reports[0].inputs}", style="dim")
+    return [*_where(reports[0], "each combination in a run of its own"), table, *warnings.values(), inputs]
+
+
+def _speedup_text(ratio: Ratio | None) -> Text:
+    if ratio is None:
+        return Text()
+    text = f"{ratio.speedup:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
+    return Text(text, _VERDICT_STYLES.get(ratio.verdict, ""))
+
+
+def _baseline(benchmark: Benchmark) -> Iterator[RenderableType]:
+    for comparison in benchmark.comparisons:
+        yield Text(f"against the baseline, {comparison.conditions}", style="bold")
+        for change in comparison.changes:
+            by = "" if change.reference is None else f" (both relative to {change.reference})"
+            interval = f"{change.speedup:.3f}x [{change.low:.3f}, {change.high:.3f}]"
+            style = _VERDICT_STYLES.get(change.verdict, "")
+            yield Text(f"  {change.name}: {interval}, {change.verdict}{by}", style=style)
+        for doubt in comparison.doubts:
+            yield Text(f"  not the same machine as then: {doubt}", style="yellow")
 
 
 @view.register
@@ -133,6 +204,11 @@ def _(comparison: Comparison) -> RenderableType:
             Text(f"{score.metric} on {score.samples} samples: {score.before:.4f} -> {score.after:.4f}")
         )
     return Group(*parts, *_notes(comparison.notes))
+
+
+@view.register
+def _(report: ProfileReport) -> RenderableType:
+    return profile_view(report)
 
 
 @view.register
@@ -282,23 +358,34 @@ def _candidates(candidates: Iterable[Candidate]) -> RenderableType:
     return _table(("   candidate", "size", "speed-up", "95 %", ""), rows, right=(1, 2, 3), folds=(4,))
 
 
-def _latencies(models: Iterable[ModelLatency]) -> RenderableType:
-    columns = ("model", "median ms", "95 %", "p90", "p99", "load", "peak MB", "file")
+def _latencies(report: LatencyReport) -> RenderableType:
+    columns = ["model", "median ms", "95 %", "p90", "p99", "first", "load", "peak MB", "file"]
     rows = [
-        (
+        [
             m.name,
             _short(m.median_ms),
-            f"{_short(m.low_ms)}..{_short(m.high_ms)}",
+            _within(m),
             _short(m.p90_ms),
             _short(m.p99_ms),
-            _short(m.load_ms),
+            f"{m.first_ms:.1f}",
+            f"{m.load_ms:.0f}",
             f"{m.peak_mb:.0f}",
             size_text(m.file_bytes),
-        )
-        for m in models
+        ]
+        for m in report.models
         if not m.failed
     ]
+    if report.conditions.batch > 1 or report.conditions.concurrency > 1:
+        columns.append("samples/s")
+        for row, m in zip(rows, (m for m in report.models if not m.failed), strict=True):
+            row.append(_short(m.per_second))
     return _table(columns, rows, right=range(1, len(columns)), folds=(0,))
+
+
+def _within(model: ModelLatency) -> str:
+    """How far the median's interval reaches, the longer side of it."""
+    reach = max(model.high_ms / model.median_ms, model.median_ms / model.low_ms) - 1
+    return f"\N{PLUS-MINUS SIGN}{reach:.1%}"
 
 
 def _short(number: float) -> str:
@@ -310,10 +397,6 @@ def _ratio_line(ratio: Ratio) -> Text:
     interval = f"[{ratio.low:.3f}, {ratio.high:.3f}]"
     text = f"{ratio.name} against {ratio.baseline}: {ratio.speedup:.3f}x {interval}, {ratio.verdict}"
     return Text(text, style=_VERDICT_STYLES.get(ratio.verdict, ""))
-
-
-def _threads_text(threads: int | None) -> str:
-    return "all cores" if threads is None else f"{threads} thread{'s' * (threads > 1)}"
 
 
 def _outputs(differences: Iterable[Difference]) -> list[RenderableType]:

@@ -1,16 +1,14 @@
-"""The single jobs that `optimize` is made of: prune, calibrate, quantize, benchmark, compare."""
+"""The single jobs that `optimize` is made of: prune, calibrate, quantize, compare."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from edgewise.calibration.data import Preprocess, Samples
@@ -19,17 +17,17 @@ from edgewise.calibration.target import target_of
 from edgewise.optimizer import files
 from edgewise.optimizer.choice import INPUT, choose
 from edgewise.optimizer.comparison import Difference, differences
+from edgewise.optimizer.inputs import RANDOM, as_samples, check_inputs
 from edgewise.optimizer.int8 import calibrate_for_int8, quantize_step, split
 from edgewise.optimizer.judge import Judge
-from edgewise.optimizer.optimization import RANDOM, as_samples, measure_files, save_stamped, stamp_of
+from edgewise.optimizer.optimization import measure_files, save_stamped, stamp_of
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes
-from edgewise.optimizer.probe import is_batched, probe_feeds
+from edgewise.optimizer.probe import probe_feeds
 from edgewise.optimizer.recipe import Quantize, Recipe
 from edgewise.optimizer.report import Report, Score, facts_of, plain
 from edgewise.optimizer.version import VERSION
 from edgewise.runtime.errors import EdgewiseError, InputError
-from edgewise.runtime.evaluate import Evaluator, Feed, input_specs
-from edgewise.runtime.latency import LatencyReport, measure
+from edgewise.runtime.evaluate import Evaluator
 from edgewise.runtime.session import check_provider
 
 ModelPath = str | os.PathLike[str]
@@ -116,7 +114,7 @@ def _start(
     path = Path(path)
     files.check_writable(output, force=force, source=path)
     original = files.load(path)
-    samples = as_samples(data, original, recipe)
+    samples = as_samples(data, original, recipe.preprocess, recipe.seed)
     reference = Reference(original, probe_feeds(original, samples, seed=recipe.seed), threads=recipe.threads)
     exact, steps = run_passes(original, recipe.chain, reference, progress=progress)
     return _Job(path, recipe, original, samples, reference, exact, steps)
@@ -269,107 +267,6 @@ def _write(
     )
 
 
-def benchmark(
-    models: Sequence[ModelPath],
-    *,
-    provider: str = "cpu",
-    threads: int | None = None,
-    batch: int = 1,
-    data: str | Samples | None = None,
-    preprocess: Preprocess | None = None,
-    precision: float = 0.01,
-    max_seconds: float = 20.0,
-    seed: int = 0,
-    progress: Progress = no_progress,
-) -> LatencyReport:
-    """Measure the latency of .onnx files on the same `batch` samples, against the first of them.
-
-    Without `data` the inputs are seeded. Times are in milliseconds; `precision` is the relative half
-    width of the intervals that ends the measurement before `max_seconds`. Raises `InputError` on files
-    that cannot be used or take different inputs, `ProviderError` where the provider is not there.
-    """
-    check_provider(provider)
-    named = _names([Path(model) for model in models])
-    loaded = [files.load(path) for path in named.values()]
-    for path, other in zip(named.values(), loaded, strict=True):
-        _check_inputs(loaded[0], other, path)
-    return measure(
-        named,
-        feed=_feed(loaded[0], data, preprocess, batch, seed),
-        provider=provider,
-        threads=threads,
-        precision=precision,
-        max_seconds=max_seconds,
-        seed=seed,
-        progress=lambda share: progress("benchmark", round(100 * share), 100),
-    )
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """The latency of the same models on several execution providers."""
-
-    reports: tuple[LatencyReport, ...]
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """A line for every model that could not be measured."""
-        return tuple(
-            f"{model.path} failed on {report.provider}: {model.failed}"
-            for report in self.reports
-            for model in report.models
-            if model.failed
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {"reports": [report.to_dict() for report in self.reports]}
-
-
-def benchmark_on(providers: Sequence[str], models: Sequence[ModelPath], **options: Any) -> Benchmark:
-    """`benchmark` with these options on each provider; all of them have to be there before it starts."""
-    for provider in providers:
-        check_provider(provider)
-    return Benchmark(tuple(benchmark(models, provider=provider, **options) for provider in providers))
-
-
-def _names(paths: Sequence[Path]) -> Mapping[str, Path]:
-    """A short name for each file: its stem, with its folder where stems collide, numbered where those do."""
-    stems = [path.stem for path in paths]
-    texts = [p.stem if stems.count(p.stem) == 1 else f"{p.absolute().parent.name}/{p.stem}" for p in paths]
-    return {
-        t if texts.count(t) == 1 else f"{t} #{texts[: i + 1].count(t)}": p
-        for i, (t, p) in enumerate(zip(texts, paths, strict=True))
-    }
-
-
-def _check_inputs(expected: ir.Model, model: ir.Model, path: Path) -> None:
-    wanted = {spec.name: spec.dtype for spec in input_specs(expected)}
-    given = {spec.name: spec.dtype for spec in input_specs(model)}
-    if given != wanted:
-        raise InputError(f"{path} takes {_inputs_text(given)}, not {_inputs_text(wanted)} as the first model")
-
-
-def _inputs_text(inputs: Mapping[str, np.dtype[Any]]) -> str:
-    return ", ".join(f"{name} ({dtype})" for name, dtype in inputs.items()) or "no inputs"
-
-
-def _feed(
-    model: ir.Model, data: str | Samples | None, preprocess: Preprocess | None, batch: int, seed: int
-) -> Feed:
-    """`batch` samples for every input; the same again from the start where there are fewer."""
-    samples = as_samples(data, model, Recipe(preprocess=preprocess, seed=seed))
-    feed = probe_feeds(model, None, seed=seed)[0] if samples is None else next(samples.batches(batch))
-    specs = input_specs(model)
-    if not all(map(is_batched, specs)):
-        if batch > 1:
-            raise InputError(
-                f"the batch size is fixed in the model, {batch} cannot be measured: leave --batch out"
-            )
-        return feed
-    return {name: np.take(array, range(batch), axis=0, mode="wrap") for name, array in feed.items()}
-
-
 def compare(
     first: ModelPath,
     second: ModelPath,
@@ -386,9 +283,9 @@ def compare(
     `InputError` on files that cannot be used or whose inputs or outputs differ in name or type.
     """
     expected, actual = files.load(first), files.load(second)
-    _check_inputs(expected, actual, Path(second))
+    check_inputs(expected, actual, Path(second))
     _check_outputs(expected, actual, Path(second))
-    samples = as_samples(data, expected, Recipe(preprocess=preprocess, seed=seed))
+    samples = as_samples(data, expected, preprocess, seed)
     if samples is None:
         feeds = probe_feeds(expected, None, seed=seed)
         outputs = [

@@ -11,20 +11,25 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from edgewise.calibration.data import Samples, open_samples
+from edgewise.calibration.data import Samples
 from edgewise.calibration.table import CalibrationTable
 from edgewise.calibration.target import target_of
 from edgewise.optimizer import files
 from edgewise.optimizer.choice import INPUT, choose
+from edgewise.optimizer.inputs import RANDOM, as_samples
 from edgewise.optimizer.int8 import calibrate_for_int8, quantize_step, split
 from edgewise.optimizer.judge import Judge
+from edgewise.optimizer.layers import layer_noise
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes
 from edgewise.optimizer.probe import probe_feeds
+from edgewise.optimizer.profiling import profile
 from edgewise.optimizer.recipe import Recipe
 from edgewise.optimizer.report import Report, facts_of, write_report
 from edgewise.optimizer.torch_export import is_torch_target, to_model
 from edgewise.optimizer.version import VERSION
-from edgewise.runtime.evaluate import Feed, input_specs
+from edgewise.runtime.conditions import Conditions
+from edgewise.runtime.errors import EdgewiseError
+from edgewise.runtime.evaluate import Feed
 from edgewise.runtime.latency import LatencyReport, measure
 from edgewise.runtime.session import check_provider
 
@@ -34,7 +39,6 @@ _NO_SAMPLES = (
     "no samples were given, so only exact passes ran: with --data (unlabelled samples are enough) static "
     "int8 can be calibrated and judged, and every step is checked on real inputs"
 )
-RANDOM = "the samples are random data: ranges and scores say nothing about real inputs"
 
 
 def optimize(
@@ -60,15 +64,20 @@ def optimize(
     with tempfile.TemporaryDirectory(prefix="edgewise-") as scratch:
         path = as_file(model, inputs, Path(scratch), seed=recipe.seed)
         original = files.load(path)
-        samples = as_samples(data, original, recipe)
+        samples = as_samples(data, original, recipe.preprocess, recipe.seed)
         if report is not None:
             files.make_folder(Path(report))
         made = _make(original, samples, recipe, progress)
         stamp = stamp_of(recipe, files.sha256(path), made.table)
         result = _choose_and_write(path, made, stamp, recipe, output, Path(scratch), progress, force=force)
+        if report is not None:
+            result = _explained(result, [path, output], made, samples, recipe, progress)
     result = dataclasses.replace(result, input=dataclasses.replace(result.input, path=os.fspath(model)))
     if report is not None:
+        from edgewise.optimizer.page import write_page  # brings matplotlib, which takes a second
+
         write_report(result, Path(report))
+        write_page(result, Path(report))
     return result
 
 
@@ -77,13 +86,6 @@ def as_file(model: str | os.PathLike[str], inputs: Sequence[str], scratch: Path,
     if not is_torch_target(os.fspath(model)):
         return Path(model)
     return files.save(to_model(os.fspath(model), inputs, seed=seed), scratch / "exported.onnx")
-
-
-def as_samples(data: str | Samples | None, model: ir.Model, recipe: Recipe) -> Samples | None:
-    """The samples named by `data`, read as the recipe says and checked against the model's inputs."""
-    if not isinstance(data, str):
-        return data
-    return open_samples(data, input_specs(model), preprocess=recipe.preprocess, seed=recipe.seed)
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,36 @@ def _choose_and_write(
     )
 
 
+def _explained(
+    result: Report,
+    paths: Sequence[Path],
+    made: _Made,
+    samples: Samples | None,
+    recipe: Recipe,
+    progress: Progress,
+) -> Report:
+    """The report with what takes time to find out and only a page shows: noise by layer, where time goes."""
+    if result.chosen == INT8:  # the exact model says what every value would be; its own noise is rounding
+        progress("noise of every layer", 0, 0)
+        exact = made.models.get(EXACT, made.models[INPUT])
+        noise = layer_noise(exact, made.models[INT8], made.feeds, threads=recipe.threads)
+        result = dataclasses.replace(result, layers=noise)
+    if recipe.benchmark is None:
+        return result
+    try:
+        found = profile(
+            paths,
+            provider=recipe.target,
+            threads=recipe.threads,
+            data=samples,
+            seed=recipe.seed,
+            progress=progress,
+        )
+    except EdgewiseError as failure:  # the work is done: what explains it may be missing
+        return dataclasses.replace(result, notes=(*result.notes, f"no profile: {failure}"))
+    return dataclasses.replace(result, profiles=found)
+
+
 def save_stamped(model: ir.Model, stamp: Mapping[str, str], path: Path, *, force: bool = False) -> Path:
     stamped = model.clone()
     stamped.metadata_props.update(stamp)
@@ -174,8 +206,7 @@ def measure_files(
     return measure(
         paths,
         feed=feed,
-        provider=recipe.target,
-        threads=recipe.threads,
+        conditions=Conditions(provider=recipe.target, threads=recipe.threads),
         precision=recipe.benchmark.precision,
         max_seconds=recipe.benchmark.max_seconds,
         seed=recipe.seed,

@@ -173,20 +173,27 @@ def run_passes(
 ) -> tuple[ir.Model, tuple[StepReport, ...]]:
     """Run a chain of exact passes again and again until none edits; `model` is left as it was.
 
-    A pass that was rolled back is not tried again. After the first round only what changed is told.
+    A pass that was rolled back is not tried again, nor is one that found nothing in this very graph. After
+    the first round only what changed is told.
     """
     steps: list[StepReport] = []
     banned: set[Pass] = set()
+    idle: set[Pass] = set()
+    """Those that found nothing since the last edit."""
     for round_ in range(_MAX_ROUNDS):
         edited = False
         for done, step in enumerate(chain):
             progress(f"round {round_ + 1}: {step.name}", done, len(chain))
-            if step in banned:
+            if step in banned or step in idle:
                 continue
             model, report = run_step(model, step, reference, strict=strict)
-            edited |= report.status == "applied"
-            if report.status == "rolled back":
+            if report.status == "applied":
+                edited = True
+                idle.clear()
+            elif report.status == "rolled back":
                 banned.add(step)
+            else:
+                idle.add(step)
             if round_ == 0 or report.status != "no change":
                 steps.append(report)
         progress(f"round {round_ + 1}", len(chain), len(chain))

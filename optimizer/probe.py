@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from edgewise.calibration.data import Samples
 from edgewise.runtime.errors import InputError
-from edgewise.runtime.evaluate import Evaluator, Feed, TensorSpec, input_specs, seeded_feed
+from edgewise.runtime.evaluate import Evaluator, Feed, TensorSpec, input_specs
+from edgewise.runtime.plausible import plausible_feed
 
 _SAMPLES = 2
 _SIZES = (2, 1, 3, 8, 16, 32, 64, 224)  # tried in turn for the dimensions a model leaves open
@@ -44,7 +45,7 @@ def _seeded(model: ir.Model, specs: Sequence[TensorSpec], seed: int) -> tuple[Fe
     for size in _SIZES if any(_is_open(spec) for spec in specs) else (1,):
         for batches in ((1, 2), (1, 1)):
             feeds = tuple(
-                seeded_feed([_with_batch(spec, batch) for spec in specs], seed + i, size)
+                plausible_feed(model, seed=seed + i, size=size, batch=batch)
                 for i, batch in enumerate(batches)
             )
             try:
@@ -59,9 +60,3 @@ def _seeded(model: ir.Model, specs: Sequence[TensorSpec], seed: int) -> tuple[Fe
 
 def _is_open(spec: TensorSpec) -> bool:
     return any(not isinstance(d, int) for d in spec.shape)
-
-
-def _with_batch(spec: TensorSpec, batch: int) -> TensorSpec:
-    if not is_batched(spec):
-        return spec
-    return TensorSpec(spec.name, spec.dtype, (batch, *spec.shape[1:]))

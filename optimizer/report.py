@@ -14,7 +14,9 @@ import onnx_ir as ir
 
 from edgewise.optimizer.comparison import Difference
 from edgewise.optimizer.files import make_folder, tensors, write_text
+from edgewise.optimizer.layers import LayerNoise
 from edgewise.optimizer.pipeline import StepReport
+from edgewise.optimizer.profiling import ProfileReport
 from edgewise.passes.graph import opset
 from edgewise.runtime.latency import LatencyReport
 
@@ -85,6 +87,8 @@ class Report:
     latency: LatencyReport | None
     table: str | None = None
     notes: tuple[str, ...] = field(default=())
+    layers: tuple[LayerNoise, ...] = ()
+    profiles: ProfileReport | None = None
 
     @property
     def chosen(self) -> str:
@@ -93,9 +97,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; infinities become None."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "latency"}
+        own = {"latency": self.latency, "profiles": self.profiles}
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
+        data |= {name: None if value is None else value.to_dict() for name, value in own.items()}
         values: dict[str, Any] = plain(data)
-        values["latency"] = None if self.latency is None else plain(self.latency.to_dict())
         return values
 
     def to_markdown(self) -> str:

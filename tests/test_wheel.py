@@ -33,8 +33,9 @@ def test_wheel_holds_every_module(wheel: set[str], package: str) -> None:
     assert f"edgewise/{package}/py.typed" in wheel
 
 
-def test_wheel_holds_the_demo_model(wheel: set[str]) -> None:
-    data = {f"edgewise/models/{p.name}" for p in (ROOT / "models").iterdir() if p.suffix in {".npz", ".json"}}
+@pytest.mark.parametrize(("folder", "suffixes"), [("models", {".npz", ".json"}), ("optimizer/page", {".j2"})])
+def test_wheel_holds_the_demo_model_and_the_page(wheel: set[str], folder: str, suffixes: set[str]) -> None:
+    data = {f"edgewise/{folder}/{p.name}" for p in (ROOT / folder).iterdir() if p.suffix in suffixes}
     assert data
     assert data <= wheel
 

@@ -6,6 +6,7 @@ import pytest
 
 from edgewise.optimizer.choice import choose
 from edgewise.optimizer.report import Candidate
+from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.latency import LatencyReport, ModelLatency, Ratio
 from edgewise.runtime.machine import describe
 
@@ -19,10 +20,7 @@ def latency(ratios: dict[str, tuple[float, float, float]], failed: str = "") -> 
     names = ["input", *ratios, *filter(None, [failed])]
     return LatencyReport(
         machine=describe(),
-        provider="cpu",
-        threads=1,
-        cores=(),
-        spinning=True,
+        conditions=Conditions(threads=1),
         inputs="seeded",
         models=tuple(
             ModelLatency(n, f"{n}.onnx", 100, failed="crashed" if n == failed else None) for n in names

@@ -27,6 +27,7 @@ COMMANDS = (
     "quantize",
     "prune",
     "bench",
+    "profile",
     "compare",
     "passes",
     "demo",
@@ -196,6 +197,46 @@ def test_bench(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "median ms" in shown
     assert "[3, 3, 8, 8]" in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_bench_of_many_conditions(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "bench net.onnx --max-seconds 0.1 --threads 1,2 --batch 1,2 --concurrency 1,2 --no-spinning"
+    assert run(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "threads  batch  at once  model" in " ".join(lines)
+    assert sum("net" in line.split() for line in lines) == 8
+    assert max(map(len, lines)) <= 80
+
+
+def test_bench_as_a_gate(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file is the same, the time it took then is made up: a tenth, and tenfold."""
+    assert run("bench net.onnx --max-seconds 0.1 --threads 1 --json old.json") == 0
+    result = json.loads(Path("old.json").read_text())
+    (model,) = result["reports"][0]["models"]
+
+    def set_times(factor: float) -> None:
+        times = {key: factor * model[key] for key in ("median_ms", "low_ms", "high_ms")}
+        result["reports"][0]["models"] = [{**model, **times}]
+        Path("old.json").write_text(json.dumps(result))
+
+    gate = "bench net.onnx --max-seconds 0.1 --threads 1 --baseline old.json --fail-if-slower 50%"
+    set_times(1e-3)
+    assert run(gate) == 1
+    captured = capsys.readouterr()
+    assert "slower than in the baseline" in captured.err
+    assert "against the baseline" in captured.out
+    set_times(1e3)
+    assert run(gate) == 0
+    assert "faster" in capsys.readouterr().out
+
+
+def test_bench_finishes_the_others(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("broken.onnx").write_bytes(Path("net.onnx").read_bytes()[:300])
+    assert run("bench net.onnx broken.onnx --max-seconds 0.1 --threads 1") == 1
+    captured = capsys.readouterr()
+    assert "broken failed:" in captured.out
+    assert "broken.onnx failed on cpu" in captured.err
+    assert "median ms" in captured.out
 
 
 def test_export_and_optimize_a_torch_module(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -416,7 +457,17 @@ OPTIONS = {
     "bench net.onnx --ep toaster": "unknown execution provider",
     "bench net.onnx --ep cpu,cuda": "pip install onnxruntime-gpu",
     "bench net.onnx --batch 0": "--batch",
-    "bench net.onnx --threads 0": "threads",
+    "bench net.onnx --threads 0": "--threads",
+    "bench net.onnx --threads 1,two": "--threads",
+    "bench net.onnx --concurrency 0": "--concurrency",
+    "bench net.onnx --cores 4096": "core 4096",
+    "bench net.onnx --timeout 0": "timeout",
+    "bench net.onnx --fail-if-slower fast": "--fail-if-slower",
+    "bench net.onnx --fail-if-slower -1%": "--fail-if-slower",
+    "bench net.onnx --baseline nowhere.json": "nowhere.json",
+    "bench net.onnx --baseline recipe.yaml": "no result of",
+    "bench net.onnx --report net.onnx": "net.onnx",
+    "bench net.onnx nowhere.onnx": "nowhere.onnx: no such file",
     "bench net.onnx --max-seconds 0": "max_seconds",
     "compare net.onnx": "B",
     "compare net.onnx net.onnx --metric best --data data.npz": "best",
@@ -445,7 +496,6 @@ def test_models_with_other_inputs_or_outputs(work: Path, capsys: pytest.CaptureF
     files.save(model, "inputs.onnx")
     assert_refused("compare net.onnx outputs.onnx", "no output 'scores'", work, capsys)
     assert_refused("compare net.onnx inputs.onnx", "takes picture", work, capsys)
-    assert_refused("bench net.onnx inputs.onnx", "takes picture", work, capsys)
 
 
 def test_a_batch_that_is_fixed(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -561,3 +611,35 @@ def test_a_signal_leaves_nothing_behind(work: Path, number: int) -> None:
     assert (process.returncode, out, err) == (130, "", "")
     assert not list(temporary.glob("*edgewise*"))
     assert not [p for p in work.iterdir() if p.name.startswith((".edgewise", "out"))]
+
+
+# Where the time goes
+
+
+def test_profile_of_one_model(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("profile net.onnx --threads 1 --runs 2 --no-peaks --top 3 --json profile.json") == 0
+    text = capsys.readouterr().out
+    assert text.startswith("net: ")
+    assert "convolution" in text
+    assert max(map(len, text.splitlines())) <= 80
+    data = json.loads((work / "profile.json").read_text())
+    assert len(data["profiles"]) == 1
+    assert data["difference"] is None
+
+
+def test_profile_of_two_models(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prune net.onnx -o pruned.onnx --recipe recipe.yaml") == 0
+    capsys.readouterr()
+    options = "--threads 1 --runs 2 --no-peaks --data data.npz --batch 8 --json -"
+    assert run(f"profile net.onnx pruned.onnx {options}") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["names"] == ["net", "pruned"]
+    assert data["difference"]["sentences"]
+    assert data["inputs"].startswith("image float32[8, 3, 8, 8]")
+
+
+def test_profile_refuses(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused("profile missing.onnx", "missing.onnx", work, capsys)
+    assert_refused("profile net.onnx --runs 1", "--runs", work, capsys)
+    assert_refused("profile net.onnx --ep tpu", "unknown execution provider", work, capsys)
+    assert_refused("profile net.onnx net.onnx net.onnx", "unexpected extra argument", work, capsys)

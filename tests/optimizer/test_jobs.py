@@ -11,12 +11,10 @@ import pytest
 
 from edgewise.calibration.data import Samples, from_arrays
 from edgewise.calibration.table import CalibrationTable
-from edgewise.optimizer import benchmark, calibrate, compare, files, prune, quantize
-from edgewise.optimizer.jobs import benchmark_on
+from edgewise.optimizer import calibrate, compare, files, prune, quantize
 from edgewise.optimizer.recipe import Quantize, Recipe
 from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import Evaluator, input_specs
-from edgewise.runtime.session import ProviderError
 
 QUICK = Recipe(benchmark=None, max_drop=1.0, quantize=Quantize(methods=("minmax",), samples=16), threads=1)
 
@@ -185,42 +183,3 @@ def test_compare_of_outputs_that_no_metric_scores(tmp_path: Path) -> None:
     onnx.save(onnx.parser.parse_model(text), tmp_path / "s.onnx")
     (found,) = compare(tmp_path / "s.onnx", tmp_path / "s.onnx").differences
     assert found.relative == 0
-
-
-def test_benchmark_of_a_batch(model_path: Path, tmp_path: Path, samples: Samples) -> None:
-    report = benchmark([model_path], batch=3, data=samples, threads=1, precision=0.9, max_seconds=0.1)
-    assert report.models[0].name == "net"
-    assert report.models[0].median_ms > 0
-    assert "[3, 3, 8, 8]" in report.inputs
-
-
-@pytest.mark.parametrize(
-    ("paths", "names"),
-    [
-        (["a/x.onnx", "b/y.onnx"], ["x", "y"]),
-        (["a/x.onnx", "b/x.onnx"], ["a/x", "b/x"]),
-        (["a/x.onnx", "a/x.onnx"], ["a/x #1", "a/x #2"]),
-    ],
-)
-def test_models_get_names_of_their_own(paths: list[str], names: list[str]) -> None:
-    from edgewise.optimizer.jobs import _names
-
-    assert list(_names([Path(p) for p in paths])) == names
-
-
-def test_a_batch_larger_than_the_samples(model: ir.Model, images: np.ndarray) -> None:
-    from edgewise.optimizer.jobs import _feed
-
-    few = from_arrays({"image": images[:2]}, input_specs(model))
-    feed = _feed(model, few, None, 5, 0)
-    np.testing.assert_array_equal(feed["image"], images[[0, 1, 0, 1, 0]])
-    assert _feed(model, None, None, 1, 0)["image"].shape == (1, 3, 8, 8)
-
-
-def test_no_provider_is_taken_for_another(model_path: Path) -> None:
-    with pytest.raises(ProviderError, match="unknown"):
-        benchmark([model_path], provider="toaster")
-    with pytest.raises(ProviderError, match="toaster"):
-        benchmark_on(["cpu", "toaster"], [model_path])
-    with pytest.raises(ProviderError):
-        quantize(model_path, "out.onnx", data="random", recipe=Recipe(target="tensorrt"))

@@ -203,6 +203,16 @@ def test_what_was_rolled_back_is_not_tried_again(model: ir.Model, reference: Ref
     assert "Identity" not in {n.op_type for n in made.graph}
 
 
+@pytest.mark.parametrize(("first", "calls"), [(True, 2), (False, 1)])
+def test_a_pass_is_not_asked_twice_about_the_same_graph(
+    model: ir.Model, reference: Reference, first: bool, calls: int
+) -> None:
+    asked: list[ir.Model] = []
+    idle = Step(asked.append, edits=0)
+    run_passes(model, [idle, DropIdentity()] if first else [DropIdentity(), idle], reference)
+    assert len(asked) == calls
+
+
 def test_a_chain_that_never_settles_ends(model: ir.Model, reference: Reference) -> None:
     _, steps = run_passes(model, [Step()], reference)
     assert len(steps) == 5

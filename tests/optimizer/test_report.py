@@ -24,20 +24,38 @@ from edgewise.optimizer.report import (
     table,
     write_report,
 )
+from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.errors import InputError
 from edgewise.runtime.latency import LatencyReport, ModelLatency, Ratio
 from edgewise.runtime.machine import describe
 
+
+def measured(name: str, size: int, ms: float) -> ModelLatency:
+    return ModelLatency(
+        name=name,
+        path=f"{name}.onnx",
+        file_bytes=size,
+        median_ms=ms,
+        low_ms=0.9 * ms,
+        high_ms=1.1 * ms,
+        p90_ms=1.5 * ms,
+        p99_ms=2 * ms,
+        min_ms=0.8 * ms,
+        runs=100,
+        load_ms=10.0,
+        first_ms=3.0,
+        loaded_mb=40.0,
+        peak_mb=50.0,
+    )
+
+
 LATENCY = LatencyReport(
     machine=describe(),
-    provider="cpu",
-    threads=1,
-    cores=(0,),
-    spinning=True,
+    conditions=Conditions(threads=1, cores=(0,)),
     inputs="1 sample",
     models=(
-        ModelLatency("input", "a.onnx", 1000, 2.0, 1.9, 2.1, 2.5, 3.0, 1.8, 100, 10.0, 3.0, 40.0, 50.0),
-        ModelLatency("int8", "b.onnx", 300, 1.0, 0.9, 1.1, 1.5, 2.0, 0.8, 100, 10.0, 3.0, 40.0, 50.0),
+        measured("input", 1000, 2.0),
+        measured("int8", 300, 1.0),
         ModelLatency("bad", "c.onnx", 300, failed="crashed | badly"),
     ),
     ratios=(Ratio("int8", "input", 2.0, 1.9, 2.1, "faster"),),
@@ -122,7 +140,7 @@ def test_a_cell_cannot_break_its_table() -> None:
 def test_summary(report: Report) -> None:
     rows = {name: (before, after) for name, before, after in summary_rows(report)}
     assert rows["size"] == ("1.00 kB", "300 B (30%)")
-    assert rows["median latency"] == ("2.000 ms [1.900, 2.100]", "1.000 ms [0.900, 1.100]")
+    assert rows["median latency"] == ("2.000 ms [1.800, 2.200]", "1.000 ms [0.900, 1.100]")
     assert rows["top1 on 500"] == ("0.9000", "0.8900")
 
 
