@@ -249,7 +249,8 @@ def serialize(model: ir.Model) -> bytes:
     """The model as one protobuf message with its weights inside; at most 2 GiB."""
     import onnx_ir as ir
 
-    data: bytes = ir.to_proto(model).SerializeToString()
+    inside = ir.external_data.load_to_model(model.clone())  # bytes have no folder to find other files in
+    data: bytes = ir.to_proto(inside).SerializeToString()
     return data
 
 

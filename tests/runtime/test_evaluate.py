@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,3 +117,22 @@ class TestEvaluator:
         model = parse("g (float[2] x) => (float[2] y) { a = Exp(x) b = Neg(a) c = Neg(b) y = Identity(c) }")
         answers = [Evaluator(model, optimize=o).run({"x": self.X})["y"] for o in (True, False)]
         np.testing.assert_array_equal(*answers)
+
+
+def test_weights_beside_the_file_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that was read goes to onnxruntime as bytes, which have no folder."""
+    weight = ir.tensor(np.full(4, 2, np.float32), name="w")
+    model = parse("g (float[4] x, float[4] w) => (float[4] y) { y = Mul(x, w) }")
+    value = model.graph.inputs.pop()
+    value.const_value = weight
+    model.graph.register_initializer(value)
+    ir.save(model, tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    assert (tmp_path / "m.data").exists()
+    monkeypatch.chdir(tmp_path.parent)
+    loaded = ir.load(tmp_path / "m.onnx")
+    (result,) = Evaluator(loaded).run({"x": np.arange(4, dtype=np.float32)}).values()
+    np.testing.assert_array_equal(result, [0, 2, 4, 6])
+    tensor = loaded.graph.initializers["w"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)  # the model itself is left as it was, its weights mapped
