@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 
@@ -15,3 +16,11 @@ def corpus() -> Path:
     if not folder:
         pytest.skip("EDGEWISE_CORPUS is not set: no real models to test on")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_in_any_order(request: pytest.FixtureRequest) -> None:
+    """A test file's random numbers start anew in each test: it sees the same whatever ran before it."""
+    rng = getattr(request.module, "RNG", None)
+    if isinstance(rng, np.random.Generator):
+        rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
