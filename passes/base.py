@@ -48,6 +48,8 @@ class Pass(ABC):
 
     name: ClassVar[str]
     contract: ClassVar[Contract] = Contract.EXACT
+    keeps_signature: ClassVar[bool] = True
+    """Whether inputs and outputs stay as they are; the others run only where a person asked for them."""
 
     @abstractmethod
     def apply(self, model: ir.Model) -> Outcome:

@@ -35,8 +35,8 @@ class FuseBatchNorm(Rule):
         data = node.inputs[0]
         if data is None:
             return False
-        _check_inference(node)
-        scale, shift = _scale_and_shift(node)
+        check_inference(node)
+        scale, shift = scale_and_shift(node)
 
         def vectors(channels: Channels) -> tuple[Array, Array]:
             if channels.axis != 1:
@@ -50,7 +50,7 @@ class FuseBatchNorm(Rule):
         )
 
 
-def _check_inference(node: ir.Node) -> None:
+def check_inference(node: ir.Node) -> None:
     """Training mode, by its attribute since opset 14 and by its further outputs before."""
     if attribute(node, "training_mode", 0) or any(v.name for v in node.outputs[1:]):
         raise Refused("BatchNormalization is in training mode")
@@ -60,7 +60,7 @@ def _check_inference(node: ir.Node) -> None:
         raise Refused("BatchNormalization of an opset before 7")
 
 
-def _scale_and_shift(node: ir.Node) -> tuple[Array, Array]:
+def scale_and_shift(node: ir.Node) -> tuple[Array, Array]:
     """Scale and shift per channel, float64; not finite where the variance is negative."""
     constants = [constant_of(v) for v in node.inputs[1:5]]
     gamma, beta, mean, variance = (None if c is None else c.astype(np.float64) for c in constants)

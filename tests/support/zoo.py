@@ -48,6 +48,26 @@ GRAPHS: Mapping[str, str] = MappingProxyType(
                 r2 = Relu (a)
                 y = Conv (r2, w3, b3)
             }""",
+        "branches": """
+            agraph (float[N, 4, 8, 8] x) => (float[N, 3, 8, 8] y)
+            <float[4, 4, 3, 3] w3, float[4] b3, float[4, 4, 1, 1] w1, float[4] g, float[4] s, float[4] m,
+             float[4] v_pos, float[6, 4, 1, 1] p, float[6, 4, 1, 1] q, float[16, 12, 1, 1] wide,
+             float[3, 16, 1, 1] narrow>
+            {
+                c3 = Conv <pads = [1, 1, 1, 1]> (x, w3, b3)
+                c1 = Conv (x, w1)
+                i = BatchNormalization (x, g, s, m, v_pos)
+                t = Add (c3, c1)
+                u = Add (t, i)
+                r = Relu (u)
+                a = Conv (r, p)
+                b = Conv (r, q)
+                ra = Relu (a)
+                rb = Relu (b)
+                c = Concat <axis = 1> (ra, rb)
+                h = Conv (c, wide)
+                y = Conv (h, narrow)
+            }""",
         "concat_depthwise": """
             agraph (float[1, 4, 8, 8] x) => (float[1, 3, 8, 8] y)
             <float[6, 4, 1, 1] w1_half, float[6] b1_half, float[4, 1, 3, 3] wd, float[4] bd,
