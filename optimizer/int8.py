@@ -14,7 +14,7 @@ from edgewise.calibration.plan import observed_values, plan
 from edgewise.calibration.table import CalibrationTable
 from edgewise.calibration.target import Target
 from edgewise.optimizer.judge import Judge
-from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_step
+from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes, run_step
 from edgewise.optimizer.recipe import Quantize
 from edgewise.passes.insert_qdq import InsertQdq
 
@@ -36,6 +36,14 @@ def split(samples: Samples, count: int, seed: int) -> Split:
     return Split(
         samples.take(np.sort(order[:count])), samples.take(rest) if len(rest) >= _FEWEST_JUDGES else samples
     )
+
+
+def prepare(
+    model: ir.Model, options: Quantize, reference: Reference, *, progress: Progress = no_progress
+) -> tuple[ir.Model, tuple[StepReport, ...]]:
+    """The model in the operators that have int8 kernels, and what that took; the same numbers come out."""
+    prepared, steps = run_passes(model, options.preparation, reference, progress=progress)
+    return prepared, tuple(step for step in steps if step.status != "no change")
 
 
 def calibrate_for_int8(

@@ -18,7 +18,7 @@ from edgewise.optimizer import files
 from edgewise.optimizer.choice import INPUT, choose
 from edgewise.optimizer.comparison import Difference, differences
 from edgewise.optimizer.inputs import RANDOM, as_samples, check_inputs
-from edgewise.optimizer.int8 import calibrate_for_int8, quantize_step, split
+from edgewise.optimizer.int8 import calibrate_for_int8, prepare, quantize_step, split
 from edgewise.optimizer.judge import Judge
 from edgewise.optimizer.optimization import measure_files, save_stamped, stamp_of
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes
@@ -120,6 +120,12 @@ def _start(
     return _Job(path, recipe, original, samples, reference, exact, steps)
 
 
+def _prepared(job: _Job, options: Quantize, progress: Progress) -> _Job:
+    """The job with its model in the operators that have int8 kernels."""
+    exact, steps = prepare(job.exact, options, job.reference, progress=progress)
+    return dataclasses.replace(job, exact=exact, steps=job.steps + steps)
+
+
 def prune(
     model: ModelPath,
     output: ModelPath,
@@ -159,11 +165,10 @@ def calibrate(
     begin = time.perf_counter()
     output = Path(output)
     recipe = recipe or Recipe()
-    job = _start(model, output, data, recipe, force, progress)
+    options = recipe.quantize or Quantize()
+    job = _prepared(_start(model, output, data, recipe, force, progress), options, progress)
     assert job.samples is not None
-    table = calibrate_for_int8(
-        job.exact, job.samples, recipe.quantize or Quantize(), threads=recipe.threads, progress=progress
-    )
+    table = calibrate_for_int8(job.exact, job.samples, options, threads=recipe.threads, progress=progress)
     table.save(output)
     return CalibrationReport(
         model=str(job.path),
@@ -200,7 +205,7 @@ def quantize(
     options = recipe.quantize or Quantize()
     check_provider(recipe.target)
     loaded = None if table is None else CalibrationTable.load(table)
-    job = _start(model, Path(output), data, recipe, force, progress)
+    job = _prepared(_start(model, Path(output), data, recipe, force, progress), options, progress)
     loaded, judges = _calibration(job, loaded, options, progress)
     judge = (
         None

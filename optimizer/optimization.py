@@ -17,7 +17,7 @@ from edgewise.calibration.target import target_of
 from edgewise.optimizer import files
 from edgewise.optimizer.choice import INPUT, choose
 from edgewise.optimizer.inputs import RANDOM, as_samples
-from edgewise.optimizer.int8 import calibrate_for_int8, quantize_step, split
+from edgewise.optimizer.int8 import calibrate_for_int8, prepare, quantize_step, split
 from edgewise.optimizer.judge import Judge
 from edgewise.optimizer.layers import layer_noise
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes
@@ -98,6 +98,8 @@ class _Made:
     judge: Judge | None = None
     table: CalibrationTable | None = None
     notes: tuple[str, ...] = ()
+    in_float: ir.Model | None = None
+    """What the int8 model was made from."""
 
 
 def _make(original: ir.Model, samples: Samples | None, recipe: Recipe, progress: Progress) -> _Made:
@@ -115,15 +117,16 @@ def _make(original: ir.Model, samples: Samples | None, recipe: Recipe, progress:
         return _Made(models, steps, reference.feeds, judge, notes=notes)
     parts = split(samples, recipe.quantize.samples, recipe.seed)
     judge = Judge(original, parts.judge, recipe.metric, recipe.max_drop, recipe.threads)
+    ready, preparation = prepare(exact, recipe.quantize, reference, progress=progress)
     table = calibrate_for_int8(
-        exact, parts.calibrate, recipe.quantize, threads=recipe.threads, progress=progress
+        ready, parts.calibrate, recipe.quantize, threads=recipe.threads, progress=progress
     )
     int8, attempts = quantize_step(
-        exact, table, reference, judge, recipe.quantize, target_of(recipe.target), progress=progress
+        ready, table, reference, judge, recipe.quantize, target_of(recipe.target), progress=progress
     )
     if int8 is not None:
         models[INT8] = int8
-    return _Made(models, steps + attempts, reference.feeds, judge, table, notes)
+    return _Made(models, steps + preparation + attempts, reference.feeds, judge, table, notes, ready)
 
 
 def _choose_and_write(
@@ -171,10 +174,9 @@ def _explained(
     progress: Progress,
 ) -> Report:
     """The report with what takes time to find out and only a page shows: noise by layer, where time goes."""
-    if result.chosen == INT8:  # the exact model says what every value would be; its own noise is rounding
+    if result.chosen == INT8 and made.in_float is not None:  # the noise of exact passes is rounding
         progress("noise of every layer", 0, 0)
-        exact = made.models.get(EXACT, made.models[INPUT])
-        noise = layer_noise(exact, made.models[INT8], made.feeds, threads=recipe.threads)
+        noise = layer_noise(made.in_float, made.models[INT8], made.feeds, threads=recipe.threads)
         result = dataclasses.replace(result, layers=noise)
     if recipe.benchmark is None:
         return result

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from edgewise.calibration.data import Preprocess
 from edgewise.calibration.plan import QuantOptions
-from edgewise.passes import EXACT_CHAIN, parse
+from edgewise.passes import EXACT_CHAIN, PREPARATION, parse
 from edgewise.passes.base import Contract, Pass
 from edgewise.runtime.errors import InputError
 
@@ -22,14 +22,39 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _exact(specs: tuple[str, ...]) -> tuple[str, ...]:
+    for spec in specs:
+        step = parse(spec)
+        if step.contract is not Contract.EXACT:
+            raise ValueError(f"{spec} is lossy; the recipe's section for it decides, not the chain")
+        if not step.keeps_signature:
+            raise ValueError(f"{spec} changes inputs or outputs: apply it from Python, before the job")
+    return specs
+
+
 class Quantize(_Frozen):
-    """How int8 is made. The methods are tried in turn until one keeps the bound."""
+    """How int8 is made. The methods are tried in turn until one keeps the bound.
+
+    `prepare` holds exact passes that run before: what they write may be slower in float, and has int8
+    kernels where what was there has none.
+    """
 
     methods: tuple[Literal["minmax", "percentile", "entropy", "mse"], ...] = Field(
         default=("minmax", "mse", "percentile", "entropy"), min_length=1
     )
     options: QuantOptions = QuantOptions()
+    prepare: tuple[str, ...] = PREPARATION
     samples: int = Field(default=128, ge=1, description="samples that calibrate; the rest judges")
+
+    @field_validator("prepare")
+    @classmethod
+    def _are_exact_passes(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
+        return _exact(specs)
+
+    @property
+    def preparation(self) -> tuple[Pass, ...]:
+        """The passes that run before, ready to run."""
+        return tuple(parse(spec) for spec in self.prepare)
 
 
 class Benchmark(_Frozen):
@@ -56,10 +81,7 @@ class Recipe(_Frozen):
     @field_validator("passes")
     @classmethod
     def _are_exact_passes(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
-        for spec in specs:
-            if parse(spec).contract is not Contract.EXACT:
-                raise ValueError(f"{spec} is lossy; the recipe's section for it decides, not the chain")
-        return specs
+        return _exact(specs)
 
     @property
     def chain(self) -> tuple[Pass, ...]:

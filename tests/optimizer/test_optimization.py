@@ -50,6 +50,28 @@ def test_int8_with_data(model_path: Path, tmp_path: Path, data: str) -> None:
     assert "insert-qdq" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
 
 
+def test_what_has_no_int8_kernel_is_written_in_what_has_one(tmp_path: Path) -> None:
+    """A ConvTranspose would stay in float; in the exact model, where the shuffle costs time, it stays."""
+    text = """<ir_version: 8, opset_import: ["" : 17]> grow (float[N,4,5,5] z) => (float[N,3,10,10] image) {
+        c = ConvTranspose <strides = [2, 2], pads = [1, 1, 1, 1]> (z, w) image = Tanh(c) }"""
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((4, 3, 4, 4)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(proto, tmp_path / "grow.onnx")
+    np.savez(tmp_path / "z.npz", z=rng.standard_normal((64, 4, 5, 5)).astype(np.float32))
+    data, options = str(tmp_path / "z.npz"), QUICK.with_options(max_drop=0.5)
+    report = optimize(tmp_path / "grow.onnx", tmp_path / "out.onnx", data=data, recipe=options)
+    assert report.chosen == "int8"
+    assert "split-conv-transpose{channels_last: true}" in {s.step for s in report.steps if s.edits}
+    ops = {node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node}
+    assert "Conv" in ops
+    assert "ConvTranspose" not in ops
+    exact = optimize(tmp_path / "grow.onnx", tmp_path / "exact.onnx", recipe=QUICK)
+    assert "ConvTranspose" in {node.op_type for node in onnx.load(tmp_path / "exact.onnx").graph.node}
+    assert not any("split" in step.step for step in exact.steps)
+
+
 def test_output_says_how_it_was_made(model_path: Path, tmp_path: Path, data: str) -> None:
     report = optimize(model_path, tmp_path / "out.onnx", data=data, recipe=QUICK)
     metadata = files.load(tmp_path / "out.onnx").metadata_props

@@ -63,6 +63,8 @@ MISTAKES = {
     "unknown pass": ("passes: [fuse-nothing]", "fuse-nothing"),
     "pass option": ("passes: ['drop-identity{deep: true}']", "deep"),
     "lossy pass": ("passes: [insert-qdq]", "insert-qdq"),
+    "pass of another signature": ("passes: ['keep-outputs{names: y}']", "changes inputs or outputs"),
+    "lossy preparation": ("quantize: {prepare: [insert-qdq]}", "insert-qdq"),
     "unknown method": ("quantize: {methods: [best]}", "methods"),
     "no method": ("quantize: {methods: []}", "methods"),
     "unknown target": ("target: toaster", "target"),
