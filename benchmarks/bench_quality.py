@@ -137,7 +137,7 @@ def worker_start(folder: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=20, help="0 compares with plain loops only")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     print(describe())
@@ -145,24 +145,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="edgewise-bench-") as name:
         folder = Path(name)
         net = conv_net(folder / "net.onnx", LAYERS)
-        more = conv_net(folder / "more.onnx", LAYERS + 1)
-        print("the same file twice")
-        same = pairs(net, net, options.runs, options.threads)
-        print(f"one layer more: {1 / LAYERS:.1%} more work")
-        different = pairs(net, more, options.runs, options.threads)
-        ways = side_by_side(net, options.threads)
-        start = worker_start(folder)
+        if options.runs:
+            print_power(net, conv_net(folder / "more.onnx", LAYERS + 1), options.runs, options.threads)
+        print_medians(side_by_side(net, options.threads))
+        print(f"a worker starts:  {worker_start(folder):.2f} s")
+
+
+def print_power(net: Path, more: Path, runs: int, threads: int) -> None:
+    print("the same file twice")
+    same = pairs(net, net, runs, threads)
+    print(f"one layer more: {1 / LAYERS:.1%} more work")
+    different = pairs(net, more, runs, threads)
     reports = same + different
+    seconds = [report.seconds for report in reports]
     print(f"same file:        {verdicts(same)}")
     print(f"{1 / LAYERS:.0%} more work:     {verdicts(different)}")
     print(f"noise floor:      median {np.median([r.noise_floor for r in reports]):.2%}")
+    print(f"two models take:  {np.median(seconds):.1f} s, at most {max(seconds):.1f} s")
+
+
+def print_medians(ways: dict[str, Array]) -> None:
     loops = np.sqrt(ways["loop"] * ways["loop again"])  # one before and one after
     print(f"median, beside another model against alone:        {gap(ways['beside'], ways['alone'])}")
     print(f"median, against plain loops:                       {gap(ways['beside'], loops)}")
     print(f"rival: a plain loop against the next plain loop:   {gap(ways['loop again'], ways['loop'])}")
-    seconds = [report.seconds for report in reports]
-    print(f"two models take:  {np.median(seconds):.1f} s, at most {max(seconds):.1f} s")
-    print(f"a worker starts:  {start:.2f} s")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ from edgewise.optimizer.pipeline import Reference, run_passes
 from edgewise.optimizer.recipe import Recipe
 from edgewise.passes.insert_qdq import InsertQdq
 from edgewise.runtime.conditions import Conditions
+from edgewise.runtime.errors import EdgewiseError
 from edgewise.runtime.evaluate import Evaluator, input_specs
+from edgewise.runtime.foreign import foreign_code
 from edgewise.runtime.latency import measure
 
 COLUMNS = ("model", "file", "seconds", "KB", "top-1 %", "drop", "agrees %", "ms", "x float", "interval")
@@ -115,9 +117,10 @@ def timed(way: Callable[[Path], None], out: Path) -> Result:
 def tried(way: Callable[[Path], None], out: Path) -> Result | str:
     """A rival's result; what it raises, whatever that is, is one too. A failure of ours is raised."""
     try:
-        return timed(way, out)
-    except Exception as error:  # noqa: BLE001
-        return f"{type(error).__name__}: {str(error)[:60]}"
+        with foreign_code("failed"):
+            return timed(way, out)
+    except EdgewiseError as error:
+        return str(error)[:80]
 
 
 def edgewise(model: ir.Model, samples: list[Array], out: Path, options: argparse.Namespace) -> None:

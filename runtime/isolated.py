@@ -15,8 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
 
+import numpy as np
 import psutil
 
+from edgewise.runtime.evaluate import Feed
 from edgewise.runtime.session import ProviderError
 
 _MODULE = "edgewise.runtime.worker"
@@ -127,3 +129,11 @@ class IsolatedModel:
             return f"onnxruntime crashed with {name}{hint}"
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return f"the process ended with exit code {code}: {lines[-1] if lines else 'without a word'}"
+
+
+def save_feed(feed: Feed, folder: Path) -> Path:
+    """The arrays by position, as a worker reads them; without a pickle, so strings get a fixed width."""
+    path = folder / "feed.npz"
+    plain = [np.asarray(a, np.str_) if np.asarray(a).dtype == np.object_ else a for a in feed.values()]
+    np.savez(path, *plain)
+    return path

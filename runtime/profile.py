@@ -21,7 +21,7 @@ import onnx_ir as ir
 from edgewise.runtime.costs import KINDS, Call, Kind, Operand, computes_in, kind, macs, moved_bytes
 from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import Array, Feed
-from edgewise.runtime.isolated import IsolatedModel, WorkerFailed
+from edgewise.runtime.isolated import IsolatedModel, WorkerFailed, save_feed
 from edgewise.runtime.lineage import lineage, weight_of_convolution
 from edgewise.runtime.machine import cores_for
 from edgewise.runtime.plausible import plausible_feed
@@ -219,15 +219,14 @@ def profile_isolated(
     with tempfile.TemporaryDirectory(prefix="edgewise-") as name:
         folder = Path(name)
         inputs = None if feed is None else list(feed)
-        if feed is not None:
-            np.savez(folder / "feed.npz", *map(_without_pickle, feed.values()))
+        saved = save_feed(feed or {}, folder)
         with IsolatedModel(folder / "log", threads=threads, timeout=timeout) as worker:
             try:
                 worker.wait_until_ready()
                 reply = worker.ask(
                     "profile",
                     model=str(path),
-                    feed=str(folder / "feed.npz"),
+                    feed=str(saved),
                     inputs=inputs,
                     cores=cores,
                     provider=provider,
@@ -238,11 +237,6 @@ def profile_isolated(
             except WorkerFailed as failure:
                 raise EdgewiseError(f"{path} could not be profiled: {failure}") from None
     return Profile.from_dict(reply["profile"])
-
-
-def _without_pickle(array: Array) -> Array:
-    """Strings get a fixed width."""
-    return np.asarray(array, np.str_) if np.asarray(array).dtype == np.object_ else array
 
 
 def profile(

@@ -17,7 +17,7 @@ import numpy as np
 
 from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.evaluate import Array, Feed, TensorSpec, seeded_feed
-from edgewise.runtime.isolated import IsolatedModel, WorkerFailed
+from edgewise.runtime.isolated import IsolatedModel, WorkerFailed, save_feed
 from edgewise.runtime.session import Grant
 
 _BLOCK_SECONDS = 0.010  # short: a shared machine changes its speed many times a second
@@ -170,7 +170,7 @@ def _open(record: Record, worker: IsolatedModel, setup: Setup) -> _Player:
     feed = _plausible(opened["inputs"], setup.seed) if record.feed is None else record.feed
     _check_names([name for name, *_ in opened["inputs"]], list(feed))
     record.inputs = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in feed.items())
-    file = _save(feed, setup.folder)
+    file = save_feed(feed, setup.folder)
     started = worker.ask("start", feed=str(file), inputs=list(feed))
     record.load.append(opened["load"])
     record.loaded.append(opened["loaded"])
@@ -208,14 +208,6 @@ def _plausible(inputs: Sequence[tuple[str, str, list[Any]]], seed: int) -> Feed:
             raise WorkerFailed(f"input {name!r} is {kind}: no value for it can be guessed, pass samples")
         specs.append(TensorSpec(name, np.dtype(_DTYPES[kind]), tuple(shape)))
     return seeded_feed(specs, seed, size=1)
-
-
-def _save(feed: Feed, folder: Path) -> Path:
-    """The arrays by position, without a pickle: strings get a fixed width."""
-    path = folder / "feed.npz"
-    plain = [np.asarray(a, np.str_) if np.asarray(a).dtype == np.object_ else a for a in feed.values()]
-    np.savez(path, *plain)
-    return path
 
 
 def _play(
