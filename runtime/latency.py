@@ -34,7 +34,7 @@ Progress = Callable[[float], None]
 
 _FEWEST_LAUNCHES = 3
 _WORTH_SECONDS = 0.5  # a launch that can play for less tells nothing
-_FINISH_SECONDS = 0.5  # to describe the machine and to sum up
+_FINISH_SECONDS = 0.7  # for the last round, to describe the machine and to sum up
 _PERCENT = np.linspace(0, 1, 101)
 
 

@@ -22,7 +22,7 @@ from edgewise.runtime.session import Grant
 
 _BLOCK_SECONDS = 0.010  # short: a shared machine changes its speed many times a second
 _LONGEST_BLOCK_SECONDS = 0.1  # unless a single run takes longer
-_LEAD_SECONDS = 0.001  # until the caches that the other models emptied are filled again
+_LEAD_SECONDS = 0.006  # until the caches that the other models emptied are filled again
 _NO_LEAD_SECONDS = 0.05  # for a run this long, cold caches are lost in it
 _LAUNCH_SECONDS = 1.0  # about what opening the processes costs
 _LAUNCH_ROUNDS = 5

@@ -444,7 +444,7 @@ class TestBlocks:
         assert {player.count for player in self.players(*steady)} == {count}
 
     def test_fill_the_caches_first(self) -> None:
-        assert [player.lead for player in self.players(1e-4, 0.01, 0.2)] == [10, 1, 0]
+        assert [player.lead for player in self.players(1e-4, 0.01, 0.2)] == [60, 1, 0]
 
 
 class TestWarmUp:
