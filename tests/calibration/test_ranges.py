@@ -41,7 +41,7 @@ def test_ranges_hold_zero_and_stay_within_what_was_seen(
     array: np.ndarray, method: str, symmetric: bool, bits: int
 ) -> None:
     low, high = range_of(Sketch.of(array), method, symmetric=symmetric, bits=bits)
-    least, most = min(array.min(), 0), max(array.max(), 0)
+    least, most = min(float(array.min()), 0.0), max(float(array.max()), 0.0)
     if symmetric:
         least, most = -max(-least, most), max(-least, most)
         assert low == -high
@@ -62,7 +62,7 @@ def test_ranges_scale_with_the_data(array: np.ndarray, method: str, octaves: int
 @given(arrays, st.floats(60, 100))
 def test_percentile_is_numpys_within_a_bin(array: np.ndarray, percentile: float) -> None:
     low, high = range_of(Sketch.of(array), "percentile", percentile=percentile)
-    if max(array.max(), 0) - min(array.min(), 0) <= 1e-30:  # no range at all, whatever is asked of it
+    if max(float(array.max()), 0.0) - min(float(array.min()), 0.0) <= 1e-30:  # no range at all, whatever is asked of it
         assert (low, high) == (0, 0)
         return
     cut = (100 - percentile) / 2
