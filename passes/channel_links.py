@@ -165,7 +165,7 @@ def is_constant(value: ir.Value) -> bool:
     producer = value.producer()
     if producer is None:
         return value.const_value is not None and value.const_value.dtype != ir.DataType.STRING
-    return producer.op_type == "Constant" and constant_of(value) is not None
+    return producer.op_type in ("Constant", "ConstantOfShape") and constant_of(value) is not None
 
 
 def is_wide(dim: Dim) -> bool:

@@ -134,6 +134,17 @@ def _blocks(before: Sequence[Dim], after: Sequence[Dim]) -> Iterator[Block]:
         yield range(k, k + 1), range(k, k + 1)
 
 
+def aligned_axes(before: Sequence[Dim], after: Sequence[Dim]) -> Iterator[Block]:
+    """All runs of `_blocks`, and what lies between them: in all they hold the same elements."""
+    found = sorted(_blocks(before, after), key=lambda block: block[0].start)
+    yield from found
+    i = j = 0
+    for ins, outs in (*found, (range(len(before), 0), range(len(after), 0))):
+        if i < ins.start or j < outs.start:
+            yield range(i, ins.start), range(j, outs.start)
+        i, j = ins.stop, outs.stop
+
+
 def _last_block(before: Sequence[Dim], after: Sequence[Dim]) -> Block | None:
     if not (before and after):
         return None

@@ -9,6 +9,7 @@ The dependency graph of DepGraph (Fang et al., CVPR 2023), built on ONNX operato
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from edgewise.passes.channel_links import (
     size_of,
 )
 from edgewise.passes.channel_moves import MOVES
-from edgewise.passes.channel_rules import RULES
+from edgewise.passes.channel_rules import BROADCAST, RULES
 from edgewise.passes.graph import constant_of, new_initializer, opset
 from edgewise.passes.linear import release
 
@@ -107,6 +108,13 @@ class ChannelGraph:
         """The grouped convolutions."""
         return tuple(c.quota for c in self.couplings.values() if c.quota is not None)
 
+    @cached_property
+    def widths(self) -> frozenset[Slot]:
+        """The slots along which layers have weights. How many heads there are matters to no kernel."""
+        grouped = (slot for quota in self.quotas for slot in (quota.inputs, quota.outputs))
+        weighed = (s for s in self.home if s.use is not None and s.use.node.op_type not in BROADCAST)
+        return frozenset((*grouped, *weighed))
+
     def leaving(self, slot: Slot, cuts: Cuts) -> Mask:
         """The indices of `slot` that leave with `cuts`; the slot must be in a group."""
         group = self.home[slot]
@@ -115,8 +123,8 @@ class ChannelGraph:
     def settle(self, cuts: Cuts, multiple: int = 1) -> dict[ChannelGroup, Mask]:
         """The part of `cuts` that can leave; what has to be taken back is taken from the front.
 
-        Blocked channels stay, one index of every slot stays, or as many as make its new width a multiple
-        of `multiple`, and grouped convolutions lose as many channels in each of their groups.
+        Blocked channels stay, one index of every slot stays, or as many as make the new width of a layer a
+        multiple of `multiple`, and grouped convolutions lose as many channels in each of their groups.
         """
         settled = {group: cuts[group] & ~group.blocked for group in self.groups}
         while self._fill_up(settled, multiple) or self._level(settled):
@@ -128,8 +136,8 @@ class ChannelGraph:
         changed = False
         for slot, group in self.home.items():
             leaving = self.leaving(slot, cuts)
-            staying = len(leaving) - int(leaving.sum())
-            missing = max(-(-staying // multiple), 1) * multiple - staying
+            staying, unit = len(leaving) - int(leaving.sum()), multiple if slot in self.widths else 1
+            missing = max(-(-staying // unit), 1) * unit - staying
             if missing and leaving.any():
                 cuts[group][group.members[slot][np.flatnonzero(leaving)[:missing]]] = False
                 changed = True
@@ -184,27 +192,69 @@ def _couple(graph: ir.Graph, opset: int) -> tuple[dict[ir.Node, Coupling], dict[
     """What every node asks, and why those that ask for everything to stay do so."""
     couplings: dict[ir.Node, Coupling] = {}
     refused: dict[ir.Node, str] = {}
-    anchored: set[Slot] = set()
     for node in graph:
         rule = COUPLINGS.get(node.op_type) if node.domain == "" else None
         try:
             if opset < _OLDEST:
                 raise Refused("opset before 7")
-            coupling = Coupling() if rule is None else rule(NodeView(node, opset))
+            couplings[node] = Coupling() if rule is None else rule(NodeView(node, opset))
         except Refused as refusal:
             refused[node] = str(refusal)
-            continue
-        couplings[node] = coupling = _decide(coupling, anchored)
-        anchored.update(slot for link in coupling.links for slot in _anchored(link, anchored))
-        if coupling.quota is not None:
-            anchored.add(coupling.quota.outputs)
+    _decide(couplings)
     return couplings, refused
 
 
-def _decide(coupling: Coupling, anchored: set[Slot]) -> Coupling:
-    """Of rival links take the one whose input has channels of some layer, else the first."""
-    chosen = [next((link for link in some if link.a in anchored), some[0]) for some in coupling.options]
-    return replace(coupling, links=(*coupling.links, *chosen), options=()) if chosen else coupling
+def _decide(couplings: dict[ir.Node, Coupling]) -> None:
+    """Of rival links of a Reshape keep one.
+
+    Where an axis is split up, that to the part which is chosen; where axes are merged, that from the axis
+    which has channels of some layer, else the first.
+    """
+    parts = _parts(couplings)
+    anchored: set[Slot] = set()
+    for node, coupling in couplings.items():
+        links = list(coupling.links)
+        for some in coupling.options:
+            wanted = [link for link in some if link.b in parts] or [k for k in some if k.a in anchored]
+            links.append((wanted or some)[0])
+        couplings[node] = replace(coupling, links=tuple(links), options=())
+        anchored.update(slot for link in links for slot in _anchored(link, anchored))
+        if coupling.quota is not None:
+            anchored.add(coupling.quota.outputs)
+
+
+def _parts(couplings: Mapping[ir.Node, Coupling]) -> set[Slot]:
+    """For every axis that is split up, the part along which its channels go on.
+
+    That is a part which nobody on its way holds fast. Of several it is one that meets a part that is chosen
+    already, as the heads of values meet those of queries, whose other part is summed over; else the first.
+    """
+    rivals = [some for c in couplings.values() for some in c.options if len({link.a for link in some}) == 1]
+    ways = {link.b: _way(link.b, couplings) for some in rivals for link in some}
+    chosen, met = set[Slot](), set[Slot]()
+    for some in sorted(rivals, key=lambda some: sum(bool(ways[link.b]) for link in some)):
+        open_ = [link.b for link in some if ways[link.b]] or [some[0].b]
+        best = next((slot for slot in open_ if not met.isdisjoint(ways[slot])), open_[0])
+        chosen.add(best)
+        met |= ways[best]
+    return chosen
+
+
+def _way(start: Slot, couplings: Mapping[ir.Node, Coupling]) -> set[Slot]:
+    """The slots that `start` is handed on to until a layer or a Reshape takes it; none if it is held fast."""
+    reached, waiting = {start}, [start]
+    while waiting:
+        slot = waiting.pop()
+        if slot.value.is_graph_output():
+            return set()
+        for reader, _ in slot.value.uses():
+            coupling = couplings.get(reader)
+            if coupling is None or slot not in _named(coupling):
+                return set()
+            onward = {link.b for link in coupling.links if link.a == slot} - reached
+            reached |= onward
+            waiting += onward
+    return reached
 
 
 def _anchored(link: Link, anchored: set[Slot]) -> tuple[Slot, ...]:
@@ -213,7 +263,7 @@ def _anchored(link: Link, anchored: set[Slot]) -> tuple[Slot, ...]:
 
 def _named(coupling: Coupling) -> set[Slot]:
     named = set(coupling.free)
-    for link in coupling.links:
+    for link in itertools.chain(coupling.links, *coupling.options):
         named.update((link.a, link.b))
     return named
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from edgewise.passes.base import Outcome, Pass, PassError, Refused
-from edgewise.passes.infer_shapes import infer_shapes
+from edgewise.passes.infer_shapes import infer_shapes, symbol_of
 
 _SYMBOL = re.compile(r"[A-Za-z_][\w.]*")  # what onnx-ir reads as one name of an expression
 _Axis = tuple[ir.Value, int]
@@ -73,7 +73,7 @@ def _resolve(inputs: Sequence[ir.Value], wishes: Iterator[tuple[str, int]]) -> d
 
 def _find(inputs: Sequence[ir.Value], name: str) -> str | _Axis | int:
     """What `name` addresses: a symbol, an axis without one, or one that has a size, which is given back."""
-    if any(_symbol(dim) == name for v in inputs for dim in v.shape or ()):
+    if any(symbol_of(dim) == name for v in inputs for dim in v.shape or ()):
         return name
     owner, _, digits = name.rpartition(".")
     value = next((v for v in inputs if v.name == owner and v.shape is not None), None)
@@ -85,26 +85,18 @@ def _find(inputs: Sequence[ir.Value], name: str) -> str | _Axis | int:
     dim = value.shape[axis]
     if isinstance(dim, int) and dim >= 0:
         return dim
-    return _symbol(dim) or (value, axis)
+    return symbol_of(dim) or (value, axis)
 
 
 def _open(inputs: Sequence[ir.Value]) -> str:
     """The names by which open dimensions can be addressed."""
     names = {  # a set that keeps the order
-        _symbol(dim) or f"{value.name}.{axis}": None
+        symbol_of(dim) or f"{value.name}.{axis}": None
         for value in inputs
         for axis, dim in enumerate(value.shape or ())
         if not isinstance(dim, int) or dim < 0
     }
     return f"only {', '.join(names)}" if names else "all inputs have fixed sizes"
-
-
-def _symbol(dim: int | ir.SymbolicDim) -> str | None:
-    """The name of an open dimension; two that are called "?", -1 or None need not be equal: no name."""
-    name = None if isinstance(dim, int) else dim.value
-    if name is None or name.lower() in ("none", "null") or not any(map(str.isalpha, name)):
-        return None
-    return name
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:

@@ -145,8 +145,9 @@ def _freed(frontier: Collection[ir.Value], folded: Nodes) -> Mapping[ir.Value, i
         reached[node] = own.union(*(reached[n] for n in users if n in folded))
     freed = defaultdict[ir.Value, int](int)
     for value in dict.fromkeys(v for node in folded for v in node.inputs if v is not None):
-        users = {u.node for u in value.uses()}
-        if value.producer() in folded or not users <= folded.keys():
+        users, producer = {u.node for u in value.uses()}, value.producer()
+        stored = producer is None or producer.op_type == "Constant"
+        if not stored or not users <= folded.keys():
             continue
         reaches = set[ir.Value]().union(*(reached[n] for n in users))
         if len(reaches) == 1 and constant_of(value) is not None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,17 +24,25 @@ from edgewise.passes.graph import (
 )
 
 _LONGEST = 64  # elements; what is longer is no shape
+_LARGEST = 2**31 - 1  # what is larger is no dimension, and may overflow
 _INTEGERS = frozenset({ir.DataType.INT32, ir.DataType.INT64})
+_NUMPY_TYPES: Mapping[ir.DataType | None, type[np.generic]] = MappingProxyType(
+    {ir.DataType.INT32: np.int32, ir.DataType.BOOL: np.bool_}
+)
 
 Elements = Array
 """A scalar or vector of dimensions, as objects: a number, the name of a dimension, or None if unknown."""
 
+Element = int | str | None
+
 Known = dict[ir.Value, Elements]
+
+Evaluate = Callable[[ir.Node, Known], Elements | None]
 
 
 @dataclass(frozen=True)
 class FoldShapes(Pass):
-    """Follow dimensions through Shape, Gather, Slice, Concat and the like, even where some are dynamic.
+    """Follow dimensions through Shape, Gather, Concat, arithmetic and the like, even where some are dynamic.
 
     Given:   s = f(Shape(x)), all elements known          Result:  an initializer in place of s
     Given:   Reshape(x, s), s = [n, 64], n unknown        Result:  Reshape(x, [-1, 64])
@@ -152,7 +161,64 @@ def _reshaped(node: ir.Node, known: Known) -> Elements | None:
     return data.reshape(shape)
 
 
-_OPERATORS: Mapping[str, Callable[[ir.Node, Known], Elements | None]] = MappingProxyType(
+def _arithmetic(compute: Callable[[Any, Any], object]) -> Evaluate:
+    """An operator on pairs of elements; None where one of a pair is not known well enough."""
+
+    def evaluate(node: ir.Node, known: Known) -> Elements | None:
+        first, second = (_elements(v, known) for v in node.inputs)
+        if first is None or second is None:
+            return None
+        pairs = np.broadcast(first, second)
+        results = (compute(a, b) for a, b in pairs)
+        sane = [None if isinstance(r, int) and abs(r) > _LARGEST else r for r in results]
+        return _objects(sane).reshape(pairs.shape)
+
+    return evaluate
+
+
+def _plus(first: Element, second: Element) -> Element:
+    if isinstance(first, int) and isinstance(second, int):
+        return first + second
+    return first if second == 0 else second if first == 0 else None
+
+
+def _minus(first: Element, second: Element) -> Element:
+    return _plus(first, -second) if isinstance(second, int) else None
+
+
+def _times(first: Element, second: Element) -> Element:
+    if isinstance(first, int) and isinstance(second, int):
+        return first * second
+    return first if second == 1 else second if first == 1 else None
+
+
+def _over(first: Element, second: Element) -> Element:
+    """Rounded towards zero; runtimes differ where something is negative."""
+    if isinstance(first, int) and isinstance(second, int) and first >= 0 and second > 0:
+        return first // second
+    return first if second == 1 else None
+
+
+def _equals(first: Element, second: Element) -> bool | None:
+    """Of two names nothing is known: inside a body they may be those of different turns."""
+    if isinstance(first, int) and isinstance(second, int):
+        return first == second
+    low = min((e for e in (first, second) if isinstance(e, int)), default=0)
+    return False if low < 0 and None not in (first, second) else None  # no dimension is negative
+
+
+def _where(node: ir.Node, known: Known) -> Elements | None:
+    condition, *others = node.inputs
+    choices = None if condition is None else known.get(condition)
+    parts = [choices, *(_elements(v, known) for v in others)]
+    present = [p for p in parts if p is not None]
+    if len(present) < len(parts):
+        return None
+    triples = np.broadcast(*present)
+    return _objects(None if c is None else a if c else b for c, a, b in triples).reshape(triples.shape)
+
+
+_OPERATORS: Mapping[str, Evaluate] = MappingProxyType(
     {
         "Shape": _shape,
         "Size": _size,
@@ -164,6 +230,12 @@ _OPERATORS: Mapping[str, Callable[[ir.Node, Known], Elements | None]] = MappingP
         "Unsqueeze": _reshaped,
         "Reshape": _reshaped,
         "Identity": _reshaped,
+        "Add": _arithmetic(_plus),
+        "Sub": _arithmetic(_minus),
+        "Mul": _arithmetic(_times),
+        "Div": _arithmetic(_over),
+        "Equal": _arithmetic(_equals),
+        "Where": _where,
     }
 )
 
@@ -197,8 +269,8 @@ def substitute(value: ir.Value, array: Array) -> None:
         constant.name = name
 
 
-def _numpy_type(value: ir.Value) -> np.dtype[np.signedinteger]:
-    return np.dtype(np.int32 if value.dtype == ir.DataType.INT32 else np.int64)
+def _numpy_type(value: ir.Value) -> np.dtype[Any]:
+    return np.dtype(_NUMPY_TYPES.get(value.dtype, np.int64))
 
 
 def _reshape_target(source: ir.Value, elements: Elements) -> list[int] | None:

@@ -9,10 +9,12 @@ import numpy as np
 import onnx_ir as ir
 
 from edgewise.passes.base import Refused, Rule
-from edgewise.passes.graph import Array, constant_of, only_user, remove_if_unused
+from edgewise.passes.fuse_batch_norm import check_inference
+from edgewise.passes.graph import Array, constant_of, only_user, remove_if_unused, replace
 from edgewise.passes.linear import (
     FLOATS,
     Channels,
+    Vectors,
     constant_input,
     first_success,
     fold_into_consumer,
@@ -50,6 +52,8 @@ class FuseAffine(Rule):
     Result:  f(L(x)) = (s W) x + (s b + t)      s along the output channels of W
              L(f(x)) = (W s) x + (b + W t)      s along its input channels, where no zero padding
                                                 takes part in W t
+    Given:   f(BN(x)), a BatchNormalization of inference with constant scale g and shift h
+    Result:  BN(x) with scale s * g and shift s * h + t
     Given:   (x * c) * d  or  (x + c) + d       constants of any shape; Div and Sub alike
     Result:  x * (c * d)  or  x + (c + d)       where the result is no larger than c or d
     A constant that would change the shape of its data by broadcasting is left alone. So are sums that
@@ -75,6 +79,7 @@ class FuseAffine(Rule):
         return first_success(
             lambda: fold_into_producer(node, affine.data, of_output),
             lambda: fold_into_consumer(node, affine.data, of_input),
+            lambda: _fold_into_norm(node, affine.data, of_output),
             lambda: _merge_with_producer(node, affine),
         )
 
@@ -137,6 +142,28 @@ def _keeps_shape(data: ir.Value, constant: Array) -> bool:
         return constant.ndim == 0
     dims = data.shape[rank - constant.ndim :]
     return all(size in (1, dim) for size, dim in zip(constant.shape, dims, strict=True))
+
+
+def _fold_into_norm(node: ir.Node, data: ir.Value, vectors: Vectors) -> bool:
+    """Fold `node`, which gives scale * data + shift, into the BatchNormalization that makes `data`."""
+    norm = data.producer()
+    if norm is None or norm.op_type != "BatchNormalization" or norm.domain != "":
+        return False
+    check_inference(norm)
+    if only_user(data) is not node or norm.graph is not node.graph:
+        raise Refused("the normalization has another user")
+    gamma, beta, rank = constant_of(norm.inputs[1]), constant_of(norm.inputs[2]), rank_of(norm.inputs[0])
+    if gamma is None or beta is None:
+        raise Refused("BatchNormalization parameters are not constant")
+    if rank is None or rank < 2:
+        raise Refused("the rank of what is normalized is not known")
+    scale, shift = vectors(Channels(gamma.size, rank - 2, rank))
+    wide = scale * gamma.astype(np.float64), scale * beta.astype(np.float64) + shift
+    scaled, shifted = narrow(wide[0], gamma.dtype), narrow(wide[1], beta.dtype)
+    set_constant(norm, 1, scaled, "scale")
+    set_constant(norm, 2, shifted, "shift")
+    replace(node.outputs[0], data)
+    return True
 
 
 def _merge_with_producer(node: ir.Node, affine: _Affine) -> bool:

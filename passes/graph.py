@@ -17,6 +17,7 @@ Array = npt.NDArray[Any]
 _DTYPES_OF_CONSTANT = MappingProxyType(
     {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 )
+_NAMES = "edgewise.names"  # where a graph keeps the names in and below it: a walk for each would be slow
 
 
 def opset(model: ir.Model) -> int:
@@ -39,6 +40,8 @@ def constant_of(value: ir.Value | None) -> Array | None:
 
 def _array_of_constant(node: ir.Node | None) -> Array | None:
     """The numbers of a Constant node. onnx-ir's own reader renames the tensor, which clones share."""
+    if node is not None and node.op_type == "ConstantOfShape" and node.domain == "":
+        return _array_of_fill(node)
     if node is None or node.op_type != "Constant" or node.domain != "":
         return None
     (attr,) = node.attributes.values()
@@ -48,6 +51,15 @@ def _array_of_constant(node: ir.Node | None) -> Array | None:
         return _read_only(attr.as_tensor().numpy())
     dtype = _DTYPES_OF_CONSTANT.get(attr.name)
     return None if dtype is None else _read_only(np.array(attr.value, dtype))
+
+
+def _array_of_fill(node: ir.Node) -> Array | None:
+    """What a ConstantOfShape of a constant shape gives: a view of one number that takes no memory."""
+    shape, attr = constant_of(node.inputs[0]), node.attributes.get("value")
+    if shape is None or (attr is not None and attr.is_ref()):
+        return None
+    number = np.zeros(1, np.float32) if attr is None else attr.as_tensor().numpy()
+    return np.broadcast_to(number.reshape(()), tuple(shape.tolist()))
 
 
 def _read_only(array: Array) -> Array:
@@ -91,11 +103,19 @@ def unique_name(graph: ir.Graph, hint: str) -> str:
     Make the hint from a name the model already holds (`conv1.out` -> `conv1.out.weight`): then it is
     free in the graphs above as well.
     """
-    taken = _value_names(graph)
+    taken = graph.meta.get(_NAMES)
+    if taken is None:
+        taken = frozenset(_value_names(graph))
     name, n = hint, 1
     while name in taken:
         name, n = f"{hint}_{n}", n + 1
+    graph.meta[_NAMES] = taken | {name}  # a new set, for clones share the old one
     return name
+
+
+def forget_names(graph: ir.Graph) -> None:
+    """To be called when nodes come into `graph` from another, or leave it with names that are to be free."""
+    graph.meta.pop(_NAMES, None)
 
 
 def _value_names(graph: ir.Graph) -> set[str]:
@@ -109,6 +129,14 @@ def _value_names(graph: ir.Graph) -> set[str]:
             elif attr.type == ir.AttributeType.GRAPHS:
                 names = names.union(*map(_value_names, attr.as_graphs()))
     return names
+
+
+def move_initializers(source: ir.Graph, target: ir.Graph) -> None:
+    """Let `target` hold the initializers of `source`, under names that are free there."""
+    for name, value in list(source.initializers.items()):
+        source.initializers.pop(name)
+        value.name = unique_name(target, name)
+        target.register_initializer(value)
 
 
 def new_initializer(graph: ir.Graph, hint: str, array: Array) -> ir.Value:

@@ -81,13 +81,19 @@ def _without_nonsense(shape: ir.Shape | None) -> ir.Shape | None:
     """The shape with no name for dimensions that are called -1 or "?": two of those need not be equal."""
     if shape is None:
         return None
-    return ir.Shape([d if _is_meant(d if isinstance(d, int) else d.value) else None for d in shape])
+    return ir.Shape([d if _is_meant(d) else None for d in shape])
 
 
-def _is_meant(dim: int | str | None) -> bool:
-    if isinstance(dim, int):
-        return dim >= 0
-    return dim is not None and any(c.isalpha() for c in dim) and dim.lower() not in ("none", "null")
+def _is_meant(dim: int | ir.SymbolicDim) -> bool:
+    return dim >= 0 if isinstance(dim, int) else symbol_of(dim) is not None
+
+
+def symbol_of(dim: int | ir.SymbolicDim) -> str | None:
+    """The name of an open dimension; two that are called "?", -1 or None need not be equal: no name."""
+    name = None if isinstance(dim, int) else dim.value
+    if name is None or name.lower() in ("none", "null") or not any(map(str.isalpha, name)):
+        return None
+    return name
 
 
 def _drop_numbers(graph: ir.Graph) -> None:

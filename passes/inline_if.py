@@ -10,7 +10,9 @@ from edgewise.passes.base import Refused, Rule
 from edgewise.passes.graph import (
     attribute,
     constant_of,
+    forget_names,
     graph_of,
+    move_initializers,
     release_bodies,
     remove_if_unused,
     replace,
@@ -40,7 +42,8 @@ class InlineIf(Rule):
         (other,) = (a for a in node.attributes.values() if a.as_graph() is not taken)
         _empty(node, other)
         taken.outputs.clear()
-        _move_initializers(taken, graph)
+        forget_names(graph)
+        move_initializers(taken, graph)
         _move_nodes(taken, node)
         for old, new in zip(node.outputs, results, strict=True):
             replace(old, new)
@@ -63,13 +66,6 @@ def _empty(node: ir.Node, other: ir.Attr) -> None:
     node.attributes.add(other)
     release_bodies(node)
     node.attributes.clear()
-
-
-def _move_initializers(source: ir.Graph, target: ir.Graph) -> None:
-    for name, value in list(source.initializers.items()):
-        source.initializers.pop(name)
-        value.name = unique_name(target, name)
-        target.register_initializer(value)
 
 
 def _move_nodes(source: ir.Graph, before: ir.Node) -> None:

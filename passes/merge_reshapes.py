@@ -26,7 +26,8 @@ _INVERSE = {"Squeeze": "Unsqueeze", "Unsqueeze": "Squeeze"}
 class MergeReshapes(Rule):
     """Let a Reshape read what an earlier Reshape, Flatten, Squeeze or Unsqueeze read.
 
-    Given:   y = Reshape(f(x), s)                     with constant s; f keeps the order of the elements
+    Given:   y = Reshape(f(x), s)                     with constant s; f keeps the order of the elements, as a
+                                                      Transpose does that moves axes of size 1
     Result:  y = Reshape(x, s)                        a 0 in s, which copies a dimension of f(x), written out
 
     Given:   y = Squeeze(Unsqueeze(x, axes), axes)    or the other way round
@@ -44,7 +45,7 @@ class MergeReshapes(Rule):
         if node.op_type != "Reshape":
             return _cancel(first, node)
         target = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
-        if first.op_type not in _RESHAPING or target is None:
+        if target is None or not _keeps_elements(first):
             return False
         copies = not attribute(node, "allowzero", 0)
         if copies and 0 in target:
@@ -53,6 +54,17 @@ class MergeReshapes(Rule):
         node.replace_input_with(0, source)
         remove_if_unused(first)
         return True
+
+
+def _keeps_elements(node: ir.Node) -> bool:
+    """Whether a node gives the elements of its first input in their order."""
+    if node.op_type != "Transpose":
+        return node.op_type in _RESHAPING
+    source, order = node.inputs[0], attribute(node, "perm")
+    if source is None or source.shape is None:
+        return False
+    moved = [axis for axis in order or reversed(range(source.shape.rank())) if source.shape[axis] != 1]
+    return moved == sorted(moved)
 
 
 def _cancel(first: ir.Node, second: ir.Node) -> bool:

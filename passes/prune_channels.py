@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from edgewise.passes.base import Outcome, Pass
 from edgewise.passes.channel_constants import Constants, Floats, Mixing
-from edgewise.passes.channel_links import Indices
+from edgewise.passes.channel_links import Array, Indices
 from edgewise.passes.channels import ChannelGraph, ChannelGroup, Cuts, Mask, channel_graphs
 from edgewise.passes.graph import (
     attribute,
@@ -40,13 +40,21 @@ class PruneChannels(Pass):
     Given:   y = W x + b    where input i is the constant c, or W[j, i] is zero for every output j that stays
     Result:  y = W' x' + b' where x' and W' lack input i, and b' = b + W[:, i] c
 
+    Given:   y = W * x + b    with zero padding, or transposed, where inputs i and k are the constants c and d
+    Result:  y = W' * x' + b  where x' and W' lack input i, and W'[:, k] = W[:, k] + (c / d) W[:, i]
+
     A channel leaves with all its slices (see `ChannelGraph`) once every layer that reads one of them can do
-    without. A constant other than zero does not pass a layer with zero padding, which would see its border.
-    Every value that stays keeps its numbers. Refused are channels that no output depends on and that have
-    to stay all the same.
+    without. A layer whose border sees fewer taps than its middle makes no bias of a constant, but images of
+    constants are multiples of each other, border and all: one of them does the work of all, at any size. (A
+    map in place of the bias would save that one channel too, for one number an output and pixel in the file,
+    an addition of as many, and a size that is fixed.) Groups of a Conv have no channel in common and refuse.
+    A channel is zero, or constant, also where its range says so (see `Bounds`), as behind a Relu that never
+    sees a positive number. Every value that stays keeps its numbers. Refused are channels that no output
+    depends on and that have to stay all the same.
 
     Kernels like some widths better than others, so a layer may run slower with 63 channels than with 64:
-    with `multiple` above one as many channels stay as make every narrower width a multiple of it.
+    with `multiple` above one as many channels stay as make every narrower width a multiple of it. They are
+    counted as refused.
     """
 
     name: ClassVar[str] = "prune-channels"
@@ -98,25 +106,35 @@ class _Analysis:
     graph: ChannelGraph
     constants: Constants
     cuts: Cuts
+    multiple: int
+    free: Cuts
+    """What could leave if widths were free."""
 
 
 def _analyse(graph: ChannelGraph, multiple: int = 1) -> _Analysis:
-    """Let every channel leave, then take back what a layer needs until nothing changes."""
+    """Let every channel leave, then take back what a layer needs, and then what a width needs."""
     constants = Constants.of(graph)
+    free = _settled(graph, constants, {group: ~group.blocked for group in graph.groups}, 1)
+    cuts = free if multiple == 1 else _settled(graph, constants, free, multiple)
+    return _Analysis(graph, constants, cuts, multiple, free)
+
+
+def _settled(graph: ChannelGraph, constants: Constants, wanted: Cuts, multiple: int) -> Cuts:
+    """The part of `wanted` that every layer can do without and every width agrees to."""
+    cuts: Cuts = {group: cut.copy() for group, cut in wanted.items()}
     layers = constants.layers[::-1]
-    cuts: Cuts = {group: ~group.blocked for group in graph.groups}
     seen: dict[Mixing, Mask] = {}
     while True:
         stale = [m for m in layers if m not in seen or (seen[m] != _staying(graph, m, cuts)).any()]
         for layer in stale:
             seen[layer] = _staying(graph, layer, cuts)
-            needed = layer.read(seen[layer]) & ~layer.usable(constants.at(layer.source))
+            needed = layer.needed(constants.at(layer.source), seen[layer])
             home = graph.home[layer.source]
             cuts[home][home.members[layer.source][needed]] = False
         if not stale:
             settled = graph.settle(cuts, multiple)
             if all(np.array_equal(settled[group], cut) for group, cut in cuts.items()):
-                return _Analysis(graph, constants, cuts)
+                return cuts
             cuts = settled
 
 
@@ -130,7 +148,13 @@ def _remove(analysis: _Analysis) -> int:
     removed = sum(int(cut.sum()) for cut in analysis.cuts.values())
     if removed:
         offsets = [(layer.node, _offset(analysis, layer)) for layer in analysis.constants.layers]
+        columns = [
+            (layer.node, *_column(analysis, layer)) for layer in analysis.constants.layers if layer.uneven
+        ]
         analysis.graph.remove(analysis.cuts)
+        for node, position, column in columns:
+            if column.any():
+                _add_to_column(node, position, column)
         for node, offset in offsets:
             if offset.any():
                 _add_offset(node, offset)
@@ -143,6 +167,30 @@ def _offset(analysis: _Analysis, layer: Mixing) -> Floats:
     leaving = analysis.graph.leaving(layer.source, analysis.cuts) & layer.usable(known)
     added = layer.contribution(np.where(leaving, known, 0.0))
     return added[_staying(analysis.graph, layer, analysis.cuts)]
+
+
+def _column(analysis: _Analysis, layer: Mixing) -> tuple[int, Floats]:
+    """What the constants that leave add to the weight of the one that stands for them, [staying output, tap].
+
+    With it the index of that input among those that stay.
+    """
+    known = analysis.constants.at(layer.source)
+    leaving, carrier = analysis.graph.leaving(layer.source, analysis.cuts), layer.carrier(known)
+    if carrier is None:
+        return 0, np.zeros(0)
+    multiples = np.where(leaving & ~np.isnan(known), known, 0.0) / known[carrier]
+    column = layer.combined(multiples)[_staying(analysis.graph, layer, analysis.cuts)]
+    return int((~leaving[:carrier]).sum()), column
+
+
+def _add_to_column(node: ir.Node, position: int, column: Floats) -> None:
+    """Add to the weight with which a Conv or ConvTranspose reads an input."""
+    weight = constant_of(node.inputs[1])
+    assert weight is not None  # it is one of the layers that were analysed
+    changed: Array = weight.copy()
+    taps = changed[position] if node.op_type == "ConvTranspose" else changed[:, position]
+    taps += column.reshape(taps.shape).astype(weight.dtype)
+    set_constant(node, 1, changed, "weight")
 
 
 def _add_offset(node: ir.Node, offset: Floats) -> None:
@@ -182,7 +230,9 @@ def _refusals(analysis: _Analysis) -> Counter[str]:
     alive, held = _demands(analysis)
     counted = Counter[str]()
     for group, cut in analysis.cuts.items():
-        waiting = ~cut & ~alive[group]
+        rounded = analysis.free[group] & ~cut
+        counted[f"kept so that widths stay multiples of {analysis.multiple}"] += int(rounded.sum())
+        waiting = ~cut & ~alive[group] & ~rounded
         for labels in group.members.values():
             if len(labels) == 1:
                 waiting[labels] = False

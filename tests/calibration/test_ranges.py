@@ -62,7 +62,9 @@ def test_ranges_scale_with_the_data(array: np.ndarray, method: str, octaves: int
 @given(arrays, st.floats(60, 100))
 def test_percentile_is_numpys_within_a_bin(array: np.ndarray, percentile: float) -> None:
     low, high = range_of(Sketch.of(array), "percentile", percentile=percentile)
-    if max(float(array.max()), 0.0) - min(float(array.min()), 0.0) <= 1e-30:  # no range at all, whatever is asked of it
+    if (
+        max(float(array.max()), 0.0) - min(float(array.min()), 0.0) <= 1e-30
+    ):  # no range at all, whatever is asked of it
         assert (low, high) == (0, 0)
         return
     cut = (100 - percentile) / 2

@@ -3,37 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from answers import measured
 
 from edgewise.optimizer.choice import choose
 from edgewise.optimizer.report import Candidate
-from edgewise.runtime.conditions import Conditions
-from edgewise.runtime.latency import LatencyReport, ModelLatency, Ratio
-from edgewise.runtime.machine import describe
-
-
-def latency(ratios: dict[str, tuple[float, float, float]], failed: str = "") -> LatencyReport:
-    """A measurement with these speed-ups and intervals; `failed` names a model that failed."""
-
-    def verdict(low: float, high: float) -> str:
-        return "faster" if low > 1 else "slower" if high < 1 else "no difference"
-
-    names = ["input", *ratios, *filter(None, [failed])]
-    return LatencyReport(
-        machine=describe(),
-        conditions=Conditions(threads=1),
-        inputs="seeded",
-        models=tuple(
-            ModelLatency(n, f"{n}.onnx", 100, failed="crashed" if n == failed else None) for n in names
-        ),
-        ratios=tuple(
-            Ratio(name, "input", speedup, low, high, verdict(low, high))  # type: ignore[arg-type]
-            for name, (speedup, low, high) in ratios.items()
-        ),
-        noise_floor=None,
-        launches=3,
-        seconds=1.0,
-        stopped_because="precise",
-    )
 
 
 def chosen(candidates: tuple[Candidate, ...]) -> str:
@@ -71,21 +44,21 @@ CASES = {
 def test_choice(case: str) -> None:
     ratios, sizes, expected = CASES[case]
     named = dict(zip(["input", *ratios], sizes, strict=True))
-    candidates = choose(named, latency(ratios))
+    candidates = choose(named, measured(ratios))
     assert chosen(candidates) == expected
     assert [c.name for c in candidates] == list(named)
 
 
 def test_the_input_is_a_rival_of_what_is_no_faster() -> None:
     """Equal in speed, equal in size: there is no reason to change anything."""
-    candidates = choose({"input": 100, "exact": 100}, latency({"exact": (1.0, 0.98, 1.02)}))
+    candidates = choose({"input": 100, "exact": 100}, measured({"exact": (1.0, 0.98, 1.02)}))
     assert len([c for c in candidates if c.chosen]) == 1
 
 
 def test_everything_is_told_why() -> None:
     candidates = choose(
         {"input": 100, "exact": 100, "int8": 30},
-        latency({"exact": (1.2, 1.1, 1.3), "int8": (0.5, 0.4, 0.6)}),
+        measured({"exact": (1.2, 1.1, 1.3), "int8": (0.5, 0.4, 0.6)}),
     )
     why = {c.name: c.why for c in candidates}
     assert why["int8"] == "slower than the input on this target"
@@ -96,14 +69,14 @@ def test_everything_is_told_why() -> None:
 
 def test_what_fails_in_the_benchmark_is_not_written() -> None:
     candidates = choose(
-        {"input": 100, "exact": 100, "int8": 30}, latency({"exact": (1.2, 1.1, 1.3)}, failed="int8")
+        {"input": 100, "exact": 100, "int8": 30}, measured({"exact": (1.2, 1.1, 1.3)}, failed="int8")
     )
     assert chosen(candidates) == "exact"
     assert "crashed" in candidates[-1].why
 
 
 def test_an_input_that_cannot_be_measured_stays() -> None:
-    candidates = choose({"input": 100, "exact": 90}, latency({}, failed=""))
+    candidates = choose({"input": 100, "exact": 90}, measured({}, failed=""))
     assert chosen(candidates) == "input"
     assert candidates[1].why == "could not be measured against the input"
 
@@ -115,5 +88,5 @@ def test_without_measurement_the_most_ambitious_is_written() -> None:
 
 
 def test_only_the_input() -> None:
-    candidates = choose({"input": 100}, latency({}))
+    candidates = choose({"input": 100}, measured({}))
     assert chosen(candidates) == "input"

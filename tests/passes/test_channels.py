@@ -105,6 +105,54 @@ def test_the_merged_axis_is_the_one_that_has_channels() -> None:
     assert slices(group, 1)["v", 0] == list(range(1, 40, 2))
 
 
+def heads(last: str, **weights: Array) -> ir.Model:
+    """Twelve features that are four heads of three numbers each."""
+    return build(
+        f"g (float[N, 5, 6] x) => (float[] y) {{ m = MatMul(x, w) r = Reshape(m, s) {last} }}",
+        OPSET,
+        w=np.ones((6, 12), np.float32),
+        s=ints(0, 5, 4, 3),
+        **weights,
+    )
+
+
+def test_an_axis_that_is_split_up_goes_on_along_the_part_that_is_free() -> None:
+    """Sums over the numbers of a head hold those fast, so channels are heads."""
+    summed = heads(
+        "h = ReduceSum<keepdims = 0>(r, a) y = MatMul(h, v)", a=ints(3), v=np.ones((4, 7), np.float32)
+    )
+    assert slices(group_of(summed, "h", 2), 1)["w", 1] == [3, 4, 5]
+    other = heads(
+        "h = ReduceSum<keepdims = 0>(r, a) y = MatMul(h, v)", a=ints(2), v=np.ones((3, 7), np.float32)
+    )
+    assert slices(group_of(other, "h", 2), 1)["w", 1] == [1, 4, 7, 10]
+
+
+def test_where_both_parts_are_free_it_is_the_one_that_others_go_on_along() -> None:
+    """Values may lose heads or numbers; they are multiplied with sums that are one number a head."""
+    text = """h = ReduceSum<keepdims = 1>(r, a) m2 = MatMul(x, w2) r2 = Reshape(m2, s) p = Mul(r2, h)
+        f = Reshape(p, t) y = MatMul(f, v)"""
+    held = {"w2": np.ones((6, 12), np.float32), "v": np.ones((12, 2), np.float32)}
+    model = heads(text, a=ints(3), t=ints(0, 5, 12), **held)
+    assert slices(group_of(model, "f", 2), 2)["w2", 1] == [6, 7, 8]
+
+
+def test_any_number_of_heads_will_do() -> None:
+    """A multiple is kept to where layers have weights: twelve features less three heads are three."""
+    model = heads(
+        "h = ReduceSum<keepdims = 1>(r, a) p = Mul(r, h) f = Reshape(p, t) y = MatMul(f, v)",
+        a=ints(3),
+        t=ints(0, 5, 12),
+        v=np.ones((12, 2), np.float32),
+    )
+    graph = ChannelGraph.of(model.graph, OPSET)
+    (free,) = [group for group in graph.groups if not group.blocks]
+    settled = graph.settle(
+        {group: group is free and np.array([1, 1, 1, 0], bool) for group in graph.groups}, 3
+    )
+    assert settled[free].sum() == 3
+
+
 def group_of(model: ir.Model, name: str, axis: int = 1) -> ChannelGroup:
     """The group of a value."""
     (found,) = [

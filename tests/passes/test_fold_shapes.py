@@ -43,10 +43,16 @@ def counted(body: str, shape: str = "N, 3, 4", **weights: Array) -> ir.Model:
         ("a = Shape(x) d = Slice(a, b, k) s = Squeeze(d)", np.int64(3)),
         ("a = Shape(x) d = Gather(a, i) s = Reshape(d, b)", ints(3)),
         ("a = Shape(x) r = Shape(a) s = Squeeze(r)", np.int64(3)),
+        ("a = Shape(x) d = Mul(a, m) s = Gather(d, j)", ints(12, 6)),
+        ("a = Shape(x) d = Add(a, m) s = Gather(d, i)", np.int64(5)),
+        ("a = Shape(x) d = Sub(m, a) s = Gather(d, j)", ints(-1, -1)),
+        ("a = Shape(x) d = Div(a, m) s = Gather(d, j)", ints(1, 1)),
+        ("a = Shape(x) e_ = Equal(a, neg) s = Where(e_, a, m)", ints(1, 2, 3)),
     ],
 )
 def test_known_although_the_batch_is_not(body: str, expected: Array) -> None:
     weights = {"i": np.int64(1), "j": ints(2, 1), "b": ints(1), "e": ints(9), "z": ints(0), "k": ints(2)}
+    weights |= {"m": ints(1, 2, 3), "neg": ints(-1)}
     used = {name: a for name, a in weights.items() if f", {name}" in body or f"({name}" in body}
     after, _ = rewritten(counted(body, **used), RULE)
     assert operators(after) == ["Cast"]
@@ -129,6 +135,49 @@ def test_the_target_of_an_expand() -> None:
     after, _ = rewritten(build(f"g (float[N, 1] x) => (float[] y) {{ {body} }}", i=ints(0), k=ints(5)), RULE)
     assert operators(after) == ["Expand"]
     np.testing.assert_array_equal(next(iter(constants(after).values())), ints(1, 5))
+
+
+def test_an_expand_as_exporters_write_it() -> None:
+    """-1 for what stays; a dimension is never -1."""
+    body = "s = Shape(x) n = Gather(s, i) t = Concat<axis = 0>(n, k) e = Equal(t, o) w = Where(e, u, t)"
+    weights = {"i": ints(0), "k": ints(5), "o": ints(-1, -1), "u": ints(1, 1)}
+    model = build(f"g (float[N, 1] x) => (float[] y) {{ {body} y = Expand(x, w) }}", **weights)
+    after, _ = rewritten(model, RULE)
+    assert operators(after) == ["Expand"]
+    np.testing.assert_array_equal(next(iter(constants(after).values())), ints(1, 5))
+
+
+@pytest.mark.parametrize("operator", ["Add", "Sub", "Mul", "Div"])
+def test_arithmetic_that_changes_nothing_keeps_the_name_of_a_dimension(operator: str) -> None:
+    neutral = ints(0) if operator in ("Add", "Sub") else ints(1)
+    body = f"s = Shape(x) n = Gather(s, i) d = {operator}(n, e) t = Concat<axis = 0>(d, r) y = Reshape(x, t)"
+    after, _ = rewritten(
+        build(f"g (float[N, 3, 4] x) => (float[] y) {{ {body} }}", i=ints(0), e=neutral, r=ints(-1)), RULE
+    )
+    assert operators(after) == ["Reshape"]
+    np.testing.assert_array_equal(next(iter(constants(after).values())), ints(0, -1))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "n = Gather(s, i) s_ = Equal(n, m)",  # one dimension may be as large as another
+        "n = Gather(s, i) s_ = Equal(n, two)",
+        "n = Gather(s, i) d = Mul(n, two) s_ = Equal(d, n)",
+        "n = Gather(s, i) d = Sub(two, n) s_ = Equal(d, two)",
+    ],
+)
+def test_what_may_be_equal(body: str) -> None:
+    weights = {"i": ints(0), "j": ints(1)} | ({"two": ints(2)} if "two" in body else {})
+    body = f"s = Shape(x) m = Gather(s, j) z = Neg(m) {body} y = Cast<to = 1>(s_)"
+    assert refusal(build(f"g (float[N, M] x) => (float[] y, int64[] z) {{ {body} }}", **weights), RULE) == ""
+
+
+def test_numbers_that_would_overflow() -> None:
+    """The kernel may wrap around; that is left to it."""
+    body = "a = Shape(x) s = Add(a, e)"
+    after, _ = rewritten(counted(body, "2, 3", e=ints(2**62)), RULE)
+    assert operators(after) == ["Add", "Cast"]
 
 
 def test_an_expand_to_another_dimension() -> None:

@@ -325,3 +325,70 @@ def test_broadcasting_of_old_opsets() -> None:
     for node in model.graph:
         node.attributes["broadcast"] = ir.AttrInt64("broadcast", 1)
     assert RULE.apply(model).edits == 0
+
+
+NORM = {"g": positive(4), "h": normal(4), "m": normal(4), "v": positive(4)}
+
+
+def normalized(tail: str, outputs: str = "float[] y", norm: str = "") -> str:
+    """A normalization that no layer is next to, as in a DenseNet."""
+    return (
+        f"g (float[2, 4, 5, 5] x) => ({outputs})"
+        f"{{ r = Relu(x) n = BatchNormalization{norm}(r, g, h, m, v) {tail} }}"
+    )
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (4, 1, 1), (), (1,)])
+def test_after_a_normalization(shape: tuple[int, ...], arithmetic: str) -> None:
+    model = build(normalized(f"y = {arithmetic.format('n')}"), **NORM, k=positive(*shape))
+    after, outcome = rewritten(model, RULE)
+    assert outcome.edits == 1
+    assert operators(after) == ["Relu", "BatchNormalization"]
+
+
+def test_scale_and_shift_after_a_normalization() -> None:
+    model = build(normalized("a = Mul(n, k) y = Add(a, t)"), **NORM, k=normal(4, 1, 1), t=normal(4, 1, 1))
+    after, outcome = rewritten(model, RULE)
+    assert outcome.edits == 2
+    assert operators(after) == ["Relu", "BatchNormalization"]
+
+
+def test_parameters_that_two_normalizations_share() -> None:
+    tail = "o = BatchNormalization(x, g, h, m, v) a = Mul(n, k) y = Sub(a, o)"
+    after, outcome = rewritten(build(normalized(tail), **NORM, k=normal(4, 1, 1)), RULE)
+    assert outcome.edits == 1
+    np.testing.assert_array_equal(constants(after)["g"], NORM["g"])
+
+
+@pytest.mark.parametrize(
+    ("tail", "outputs", "reason"),
+    [
+        ("y = Mul(n, k)", "float[] y, float[] n", "the normalization has another user"),
+        ("e = Exp(n) a = Mul(n, k) y = Sub(a, e)", "float[] y", "the normalization has another user"),
+        ("y = Mul(n, wide)", "float[] y", "constant is not per channel"),
+    ],
+)
+def test_normalization_that_cannot_take_it(tail: str, outputs: str, reason: str) -> None:
+    model = build(normalized(tail, outputs), **NORM, k=normal(4, 1, 1), wide=normal(5))
+    assert refusal(model, RULE) == reason
+
+
+def test_normalization_of_unknown_rank() -> None:
+    model = build(normalized("y = Mul(n, k)"), **NORM, k=normal(4, 1, 1))
+    model.graph[0].outputs[0].shape = None
+    outcome = RULE.apply(model)
+    assert dict(outcome.refused) == {"the rank of what is normalized is not known": 1}
+
+
+def test_normalization_with_computed_parameters() -> None:
+    text = (
+        normalized("y = Mul(n, k)")
+        .replace("r = Relu(x)", "r = Relu(x) s = Abs(z)")
+        .replace("(r, g,", "(r, s,")
+    )
+    text = text.replace("5] x)", "5] x, float[4] z)")
+    assert (
+        refusal(build(text, **NORM, k=normal(4, 1, 1)), RULE)
+        == "BatchNormalization parameters are not constant"
+    )

@@ -10,7 +10,7 @@ import pytest
 from rewrites import build, rewritten
 
 from edgewise.passes.base import Refused
-from edgewise.passes.infer_shapes import InferShapes, infer_shapes
+from edgewise.passes.infer_shapes import InferShapes, infer_shapes, symbol_of
 
 
 def shapes(graph: ir.Graph) -> dict[str, str]:
@@ -66,6 +66,16 @@ def test_dimensions_that_say_nothing(dim: str | int) -> None:
     assert isinstance(second, ir.SymbolicDim)
     assert first.value is None or first.value != second.value
     assert model.graph.inputs[0].shape == ir.Shape([dim, dim])
+
+
+@pytest.mark.parametrize(
+    ("dim", "name"),
+    [("N", "N"), ("p2o.0", "p2o.0"), ("n // 2", "n // 2"), ("?", None), ("-1", None), ("None", None)],
+)
+def test_names_of_dimensions(dim: str, name: str | None) -> None:
+    assert symbol_of(ir.SymbolicDim(dim)) == name
+    assert symbol_of(ir.SymbolicDim(None)) is None
+    assert symbol_of(3) is None
 
 
 def test_inside_branches() -> None:

@@ -78,7 +78,7 @@ def test_inverse_pairs_whose_axes_are_attributes() -> None:
     ("body", "weights"),
     [
         ("a = Neg(x) y = Reshape(a, s)", {"s": ints(6)}),
-        ("t = Transpose(x) y = Reshape(t, s)", {"s": ints(6)}),
+        ("k = Tile(x, r) t = Transpose(k) y = Reshape(t, s)", {"r": ints(2, 1), "s": ints(12)}),
         ("a = Unsqueeze(x, k) y = Squeeze(a, l)", {"k": ints(0), "l": ints(0, 1)}),
         ("a = Unsqueeze(x, k) y = Unsqueeze(a, k)", {"k": ints(0)}),
         ("a = Flatten(x) n = Shape(a) y = Reshape(a, n)", {}),
@@ -103,3 +103,29 @@ def test_a_zero_that_means_zero() -> None:
     after, _ = rewritten(model, RULE)
     assert operators(after) == ["Reshape"]
     np.testing.assert_array_equal(constants(after)["s"], ints(3, 0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "target", "merged"),
+    [
+        ("2, 3, 1, 1", [0, 2, 3, 1], ints(-1, 3), ints(-1, 3)),
+        ("N, 1, 1, 3", [0, 3, 1, 2], ints(-1, 3), ints(-1, 3)),
+        ("2, 1, 3, 4", [0, 2, 1, 3], ints(0, 0, 4), ints(2, 3, 4)),
+        ("1, 3, 4", [1, 0, 2], ints(12), ints(12)),
+    ],
+)
+def test_a_transpose_that_moves_nothing(shape: str, order: list[int], target: Array, merged: Array) -> None:
+    """Axes of size one may be anywhere: what global pooling leaves is channels last as well."""
+    text = f"g (float[{shape}] x) => (float[] y) {{ a = Transpose<perm = {order}>(x) y = Reshape(a, s) }}"
+    after, _ = rewritten(build(text, s=target), RULE)
+    assert operators(after) == ["Reshape"]
+    (target,) = constants(after).values()
+    np.testing.assert_array_equal(target, merged)
+
+
+@pytest.mark.parametrize("shape", ["1, 3, 1, 2", "N, 3, M, 1"])
+def test_a_transpose_that_moves_something(shape: str) -> None:
+    text = (
+        f"g (float[{shape}] x) => (float[] y) {{ a = Transpose<perm = [0, 2, 3, 1]>(x) y = Reshape(a, s) }}"
+    )
+    assert refusal(build(text, s=ints(-1)), RULE) == ""

@@ -302,6 +302,109 @@ def test_constants_go_into_the_bias() -> None:
     np.testing.assert_allclose(constants(after)["b2"], b2 + w2[:, [1, 5], 0, 0] @ [2.0, 6.0], rtol=1e-6)
 
 
+UNEVEN = {
+    "padded": ("y = Conv<pads = [1, 1, 1, 1]>(b, k, b2)", (4, 8, 3, 3), (4, 6, 3, 3)),
+    "padded on one side": (
+        "y = Conv<pads = [0, 2, 0, 0], strides = [2, 1]>(b, k)",
+        (4, 8, 2, 3),
+        (4, 6, 2, 3),
+    ),
+    "as large as its input": ('y = Conv<auto_pad = "SAME_LOWER">(b, k)', (4, 8, 3, 2), (4, 6, 3, 2)),
+    "transposed": ("y = ConvTranspose<strides = [2, 2]>(b, k)", (8, 4, 3, 3), (6, 4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+@pytest.mark.parametrize("function", ["Sigmoid", "Elu", "Softplus"])
+def test_one_constant_stands_for_all_where_the_border_differs(name: str, function: str) -> None:
+    """Three filters are zero, with biases of their own: what they give differs, but each is a multiple."""
+    last, shape, narrow = UNEVEN[name]
+    weights = {"b1": floats(8) * np.where(np.arange(8) == 4, -1, 1).astype(np.float32), "k": floats(*shape)}
+    after, outcome = rewritten(net(f"b = {function}(a)", last, **weights), PASS)
+    assert outcome.edits == 2
+    assert widths(after)["k"] == narrow
+    assert dict(outcome.refused) == {
+        "ConvTranspose would spread a constant unevenly"
+        if name == "transposed"
+        else "padding would meet a constant": 1
+    }
+
+
+def test_the_largest_constant_stands_for_all() -> None:
+    """A small one would have to carry large weights, and its own rounding error with them."""
+    bias = vector()
+    bias[ZERO] = 1e-6, 1000, -2
+    after, _ = rewritten(net("", "y = Conv<pads = [1, 1, 1, 1]>(a, w2)", b1=bias), PASS)
+    assert constants(after)["b1"].tolist() == bias[[0, 2, 3, 4, 6, 7]].tolist()
+
+
+def test_zeros_need_no_stand_in() -> None:
+    after, outcome = rewritten(net("b = Relu(a)", "y = Conv<pads = [1, 1, 1, 1]>(b, w2)"), PASS)
+    assert outcome.edits == 3
+    assert not outcome.refused
+    assert widths(after)["w2"] == (4, 5, 1, 1)
+
+
+NEVER = {
+    "relu": ("b = Relu(d)", {}),
+    "clip": ("b = Clip(d, l, h)", {"l": np.float32(0), "h": np.float32(6)}),
+    "hard sigmoid": ("b = HardSigmoid(d)", {}),
+    "hard swish": ("b = HardSwish(d)", {}),
+    "maximum": ("b = Max(d, l)", {"l": np.float32(0)}),
+}
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_filters_that_never_fire(name: str) -> None:
+    """All weights negative on what a Relu gives, and the bias as well: zero for every input."""
+    middle, weights = NEVER[name]
+    negative = floats(8, 8, 1, 1)
+    negative[ZERO] *= -1
+    bias = floats(8)
+    bias[ZERO] -= 9
+    weights |= {"w1": floats(8, 3, 3, 3), "b1": floats(8), "wn": negative, "bn": bias}
+    after, outcome = rewritten(net(f"r = Relu(a) d = Conv(r, wn, bn) {middle}", **weights), PASS)
+    assert outcome.edits == 3
+    assert widths(after) | {"wn": (5, 8, 1, 1), "w2": (4, 5, 1, 1)} == widths(after)
+
+
+def test_filters_that_always_saturate() -> None:
+    """Between 0 and 255 no pixel brings these below six, which goes into the bias of the next layer."""
+    weight, bias = floats(8, 3, 1, 1), floats(8)
+    bias[ZERO] = 7
+    body = "c = Cast<to = 1>(x) a = Conv(c, w, k) b = Clip(a, l, h) y = Conv(b, v)"
+    model = build(
+        f"g (uint8[N, 3, 8, 8] x) => (float[] y) {{ {body} }}",
+        20, w=weight, k=bias, l=np.float32(0), h=np.float32(6), v=floats(4, 8, 1, 1),
+    )  # fmt: skip
+    after, outcome = rewritten(model, PASS)
+    assert outcome.edits == 3
+    assert widths(after)["v"] == (4, 5, 1, 1)
+
+
+def test_a_filter_that_may_fire_stays() -> None:
+    negative = -floats(8, 8, 1, 1)
+    negative[:, 0] = 0.001
+    model = net(
+        "r = Relu(a) d = Conv(r, wn, bn) b = Relu(d)",
+        wn=negative,
+        bn=-floats(8),
+        w1=floats(8, 3, 3, 3),
+        b1=floats(8),
+    )
+    assert refusal(model, PASS) == ""
+
+
+def test_kept_for_width() -> None:
+    """Three channels could leave of eight; a width of five is none that kernels like."""
+    _, outcome = rewritten(net("b = Relu(a)"), PruneChannels(4))
+    assert outcome.edits == 0
+    assert dict(outcome.refused) == {"kept so that widths stay multiples of 4": 3}
+    after, outcome = rewritten(net("b = Relu(a)"), PruneChannels(2))
+    assert (outcome.edits, dict(outcome.refused)) == (2, {"kept so that widths stay multiples of 2": 1})
+    assert widths(after)["w2"] == (4, 6, 1, 1)
+
+
 def test_a_layer_without_bias_gains_one() -> None:
     after, _ = rewritten(net("b = Sigmoid(a)", "y = Conv(b, w2)"), PASS)
     assert len(by_output(after, "y").inputs) == 3
@@ -607,6 +710,7 @@ def fed(
 
 
 SIGMOID = "b = Sigmoid(a)"
+SINGLE = {"w1": half_zero(zero=[1]), "b1": vector(zero=[1])}
 UNPADDED = "y = ConvTranspose(b, w3)"
 PARAMETERS = {"s": floats(8), "t": floats(8), "m": floats(8), "v": floats(8)}
 TWICE = "c = Conv<group = 2>(a, wg) d = Conv<group = 2>(a, wg) b = Add(c, d)"
@@ -654,12 +758,28 @@ REFUSED = [
         "LayerNormalization statistics are read",
         net("b, i = LayerNormalization<axis = 3>(a, s) j = Neg(i)", s=floats(8)),
     ),
-    ("padding would meet a constant", net(SIGMOID, "y = Conv<pads = [1, 0, 0, 0]>(b, w2)")),
+    ("padding would meet a constant", net(SIGMOID, "y = Conv<pads = [1, 0, 0, 0]>(b, w2)", **SINGLE)),
     (
         "padding would meet a constant",
-        net(SIGMOID, 'y = Conv<auto_pad = "SAME_UPPER">(b, w2)', w2=floats(4, 8, 3, 3)),
+        net(SIGMOID, 'y = Conv<auto_pad = "SAME_UPPER">(b, w2)', w2=floats(4, 8, 3, 3), **SINGLE),
     ),
-    ("ConvTranspose would spread a constant unevenly", net(SIGMOID, UNPADDED, w3=floats(8, 4, 2, 2))),
+    (
+        "ConvTranspose would spread a constant unevenly",
+        net(SIGMOID, UNPADDED, w3=floats(8, 4, 2, 2), **SINGLE),
+    ),
+    (
+        "padding would meet a constant",
+        net("s = Sigmoid(a) b = Conv<group = 2, pads = [1, 1, 1, 1]>(s, wd)", wd=floats(8, 4, 3, 3)),
+    ),
+    (
+        "padding would meet a constant",
+        net(
+            f"{SIGMOID} c = Conv<pads = [1, 1, 1, 1]>(b, w3)",
+            "d = Conv(b, w3) y = Flatten(d) z = Flatten(c)",
+            y="float[] y, float[] z",
+            w3=floats(4, 8, 3, 3),
+        ),
+    ),
     ("grouped ConvTranspose", net("b = ConvTranspose<group = 2>(a, w3)", w3=floats(8, 4, 2, 2))),
     (
         "groups of a Conv would become unequal",

@@ -231,3 +231,28 @@ def bare() -> Report:
         profiles=None,
         steps=(),
     )
+
+
+def measured(ratios: dict[str, tuple[float, float, float]], failed: str = "") -> LatencyReport:
+    """A measurement with these speed-ups and intervals; `failed` names a model that failed."""
+
+    def verdict(low: float, high: float) -> str:
+        return "faster" if low > 1 else "slower" if high < 1 else "no difference"
+
+    names = ["input", *ratios, *filter(None, [failed])]
+    return LatencyReport(
+        machine=MACHINE,
+        conditions=Conditions(threads=1),
+        inputs="seeded",
+        models=tuple(
+            ModelLatency(n, f"{n}.onnx", 100, failed="crashed" if n == failed else None) for n in names
+        ),
+        ratios=tuple(
+            Ratio(name, "input", speedup, low, high, verdict(low, high))  # type: ignore[arg-type]
+            for name, (speedup, low, high) in ratios.items()
+        ),
+        noise_floor=None,
+        launches=3,
+        seconds=1.0,
+        stopped_because="precise",
+    )

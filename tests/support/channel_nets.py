@@ -183,9 +183,23 @@ def joined(net: Net, v: Value, pick: Callable[[int], int]) -> Value:
     return net.node(f"Concat<axis = 1>({v.name}, {other.name})", 2 * v.channels, v.size)
 
 
+def saturated(net: Net, v: Value, pick: Callable[[int], int]) -> Value:
+    """Filters of one sign, between functions whose ranges are known: many give one number for every input."""
+    kinds = ["Relu", "Sigmoid", "HardSigmoid", "Softplus", "HardSwish", "Mish", "Erf", "Tanh", "Abs"]
+    active = net.node(f"{kinds[pick(len(kinds))]}({v.name})", v.channels, v.size)
+    weight, bias, sign = net.matrix(4, v.channels, 3, 3), 4 * net.vector(4), -1 if pick(3) else 1
+    one_sided = net.some(4)
+    weight[one_sided], bias[one_sided] = (sign * np.abs(a[one_sided]) for a in (weight, bias))
+    names = f"{net.constant(weight)}, {net.constant(bias)}"
+    y = net.node(f"Conv<pads = [1, 1, 1, 1]>({active.name}, {names})", 4, v.size)
+    low, high = net.constant(np.array(-0.5, np.float32)), net.constant(np.array(1, np.float32))
+    ends = ("Relu({})", "HardSigmoid({})", "HardSwish({})", f"Clip({{}}, {low}, {high})")
+    return net.node(ends[pick(4)].format(y.name), 4, v.size)
+
+
 LAYERS = (
     conv, conv, conv, norm, activation, activation, pool, gate, scaled, split, window, shuffle, residual,
-    joined, padded, conv_transpose, channels_last,
+    joined, padded, conv_transpose, channels_last, saturated, saturated,
 )  # fmt: skip
 
 

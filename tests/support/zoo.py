@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from edgewise.runtime.evaluate import Feed, input_specs, seeded_feed
 
-# Weights are drawn with a seed; the first half of the filters of a tensor named *_half is zero.
+# Weights are drawn with a seed. Of a tensor named *_half the first half of the filters is zero, of one named
+# *_twin the second half equals the first, *_zero is all zero and *_fill a half throughout.
 GRAPHS: Mapping[str, str] = MappingProxyType(
     {
         "conv_chain": """
@@ -165,6 +166,151 @@ GRAPHS: Mapping[str, str] = MappingProxyType(
                 l = LeakyRelu <alpha = 0.1> (back)
                 y = Conv (l, w2)
             }""",
+        "unfused": """
+            agraph (float[N, 8, 4, 4] x) => (float[N, 8, 4, 4] y)
+            {
+                zero = Constant <value_float = 0.0> ()
+                three = Constant <value_float = 3.0> ()
+                six = Constant <value_float = 6.0> ()
+                two = Constant <value_float = 2.0> ()
+                small = Constant <value_float = 0.001> ()
+                a = Add (x, three)
+                c = Clip (a, zero, six)
+                m = Mul (x, c)
+                h = Div (m, six)
+                mean = ReduceMean <axes = [2, 3], keepdims = 1> (h)
+                d = Sub (h, mean)
+                squared = Pow (d, two)
+                v = ReduceMean <axes = [2, 3], keepdims = 1> (squared)
+                ve = Add (v, small)
+                deviation = Sqrt (ve)
+                y = Div (d, deviation)
+            }""",
+        "layouts": """
+            agraph (float[N, 4, 6, 6] x) => (float[N, 4, 1, 1] y, float[N, 6, 4, 6] w, float[N, 2, 6, 3] z)
+            {
+                one = Constant <value_ints = [1]> ()
+                three = Constant <value_ints = [3]> ()
+                four = Constant <value_ints = [4]> ()
+                zero = Constant <value_ints = [0]> ()
+                last = Constant <value_ints = [1]> ()
+                t = Transpose <perm = [0, 2, 3, 1]> (x)
+                e = Exp (t)
+                b = Transpose <perm = [0, 3, 1, 2]> (e)
+                rows = Slice (b, one, three, last)
+                z = Slice (rows, zero, three, three)
+                m = ReduceMean <axes = [2, 3], keepdims = 0> (b)
+                axes = Constant <value_ints = [2, 3]> ()
+                y = Unsqueeze (m, axes)
+                r1 = Transpose <perm = [0, 2, 3, 1]> (x)
+                w = Transpose <perm = [0, 1, 3, 2]> (r1)
+            }""",
+        "shuffled": """
+            agraph (float[1, 4, 4, 4] x) => (float[1, 3, 2, 2] y)
+            <float[8, 4, 1, 1] w1, float[3, 8, 3, 3] w2>
+            {
+                parted = Constant <value_ints = [1, 2, 4, 4, 4]> ()
+                whole = Constant <value_ints = [1, 8, 4, 4]> ()
+                c = Conv (x, w1)
+                p = Reshape (c, parted)
+                t = Transpose <perm = [0, 2, 1, 3, 4]> (p)
+                s = Reshape (t, whole)
+                r = Relu (s)
+                y = Conv (r, w2)
+            }""",
+        "gated": """
+            agraph (float[N, 4, 5, 5] x) => (float[N, 3, 5, 5] y)
+            <float[8, 4, 1, 1] w1, float[8, 8, 1, 1] off_zero, float[8] b, float[3, 8, 1, 1] w2>
+            {
+                c = Conv (x, w1)
+                p = GlobalAveragePool (c)
+                g = Conv (p, off_zero, b)
+                s = Sigmoid (g)
+                m = Mul (c, s)
+                y = Conv (m, w2)
+            }""",
+        "twins": """
+            agraph (float[N, 3, 6, 6] x) => (float[N, 5, 6, 6] y)
+            <float[12, 3, 3, 3] w1_twin, float[12] b1_twin, float[5, 12, 3, 3] w2>
+            {
+                c = Conv <pads = [1, 1, 1, 1]> (x, w1_twin, b1_twin)
+                r = Relu (c)
+                y = Conv <pads = [1, 1, 1, 1]> (r, w2)
+            }""",
+        "looped": """
+            agraph (float[2, 3] x, float[2, 50] long) => (float[2, 3] y, float[2, 40] even)
+            <float[50, 40] w_fill>
+            {
+                turns = Constant <value_int = 3> ()
+                go_on = Constant <value = bool {1}> ()
+                y = Loop (turns, go_on, x)
+                    <body = b (int64 i, bool c, float[2, 3] v) => (bool d, float[2, 3] w)
+                     { d = Identity (c) w = Add (v, x) }>
+                m = MatMul (long, w_fill)
+                even = Exp (m)
+            }""",
+        "squeezed": """
+            agraph (float[5, 4, n] x) => (float[a, b, c, d] y)
+            <float[1, 12, 4] w, float[1, 12, 3] r>
+            {
+                last = Constant <value_ints = [-1]> ()
+                first = Constant <value_ints = [0]> ()
+                one = Constant <value_ints = [1]> ()
+                s = Shape (x)
+                d = Gather (s, last)
+                c = Equal (d, one)
+                m = If (c) <then_branch = t () => (float[5, 4] a) { a = Squeeze (x, last) },
+                            else_branch = e () => (float[5, 4, n] b) { b = Identity (x) }>
+                u = Unsqueeze (m, first)
+                y = LSTM <hidden_size = 3> (u, w, r)
+            }""",
+        "attention": """
+            <ir_version: 11, opset_import: ["" : 23]>
+            agraph (float[1, 6, 16] x) => (float[1, 6, 16] y)
+            <float[16, 16] wq, float[16, 16] wk, float[16, 16] wv, float[1, 6, 4] angles>
+            {
+                split = Constant <value_ints = [0, 0, 2, 8]> ()
+                join = Constant <value_ints = [0, 0, 16]> ()
+                one = Constant <value_ints = [1]> ()
+                root = Constant <value_float = 2.828427> ()
+                f = Concat <axis = -1> (angles, angles)
+                c0 = Cos (f)
+                s0 = Sin (f)
+                c = Unsqueeze (c0, one)
+                s = Unsqueeze (s0, one)
+                q0 = MatMul (x, wq)
+                q1 = Reshape (q0, split)
+                q = Transpose <perm = [0, 2, 1, 3]> (q1)
+                left, right = Split <axis = -1, num_outputs = 2> (q)
+                minus = Neg (right)
+                turned = Concat <axis = -1> (minus, left)
+                qc = Mul (q, c)
+                qs = Mul (turned, s)
+                qr = Add (qc, qs)
+                k0 = MatMul (x, wk)
+                k1 = Reshape (k0, split)
+                k = Transpose <perm = [0, 2, 3, 1]> (k1)
+                v0 = MatMul (x, wv)
+                v1 = Reshape (v0, split)
+                v = Transpose <perm = [0, 2, 1, 3]> (v1)
+                a = MatMul (qr, k)
+                b = Div (a, root)
+                p = Softmax <axis = -1> (b)
+                o0 = MatMul (p, v)
+                o1 = Transpose <perm = [0, 2, 1, 3]> (o0)
+                y = Reshape (o1, join)
+            }""",
+        "heads_merged": """
+            agraph (float[2, 4, 5, 6] x) => (float[2, 4, 6, 5] y)
+            {
+                merged = Constant <value_ints = [8, 5, 6]> ()
+                split = Constant <value_ints = [2, 4, 6, 5]> ()
+                e = Exp (x)
+                m = Reshape (e, merged)
+                t = Transpose <perm = [0, 2, 1]> (m)
+                s = Reshape (t, split)
+                y = Relu (s)
+            }""",
     }
 )
 
@@ -177,9 +323,10 @@ def _text_image() -> npt.NDArray[np.float32]:
     return np.broadcast_to((grey - 0.45) / 0.22, (1, 3, 96, 96)).copy()
 
 
-# What input_specs cannot know of the corpus' models with open dimensions or meaningful integers.
+# What input_specs cannot know of models with open dimensions or meaningful integers.
 FEEDS: Mapping[str, Callable[[], Feed]] = MappingProxyType(
     {
+        "squeezed": lambda: {"x": np.random.default_rng(0).standard_normal((5, 4, 1)).astype(np.float32)},
         "silero_vad": lambda: {
             "input": np.random.default_rng(0).standard_normal((1, 576)).astype(np.float32),
             "state": np.zeros((2, 1, 128), np.float32),
@@ -231,6 +378,12 @@ def _parse(text: str) -> onnx.ModelProto:
             array = np.abs(array) + 0.5
         if info.name.endswith("_half"):
             array[: shape[0] // 2] = 0
+        if info.name.endswith("_twin"):
+            array[shape[0] // 2 :] = array[: shape[0] // 2]
+        if info.name.endswith("_zero"):
+            array[:] = 0
+        if info.name.endswith("_fill"):
+            array[:] = 0.5
         model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), info.name))
         if model.ir_version < 4:  # initializers had to be inputs
             model.graph.input.append(info)
