@@ -96,6 +96,10 @@ class Samples:
             labels = labels.reshape(len(self), -1, *labels.shape[1:])[chosen].reshape(-1, *labels.shape[1:])
         return dataclasses.replace(self, labels=labels, _indices=self._indices[chosen])
 
+    def only(self, specs: Sequence[TensorSpec]) -> Samples:
+        """The same samples for some of the inputs."""
+        return dataclasses.replace(self, specs=tuple(specs))
+
     def batches(self, size: int) -> Iterator[Feed]:
         """Feeds of up to `size` consecutive samples; of one where a first dimension is fixed."""
         if not all(spec.shape and not isinstance(spec.shape[0], int) for spec in self.specs):
@@ -180,6 +184,11 @@ def _open_images(source: str, specs: Sequence[TensorSpec], preprocess: Preproces
         )
     if len(specs) != 1:
         raise InputError(f"images feed one input, the model has {_names(specs)}: save its samples as .npz")
+    if specs[0].dtype == np.uint8 and preprocess != preprocess.pixels(preprocess.layout):
+        raise InputError(
+            f"input {specs[0].name!r} takes raw pixels and normalizes them itself: leave scale, mean and std "
+            "out of the preprocessing"
+        )
     images, classes = find_images(Path(source))
     rows = Images(images, preprocess, specs[0].dtype)
     chunk = _Chunk({specs[0].name: rows}, None if classes is None else np.array(classes), source)

@@ -102,6 +102,10 @@ class Preprocess:
         }
         return ",".join(f"{name}={text}" for name, text in texts.items())
 
+    def pixels(self, layout: str) -> Preprocess:
+        """The same cut of the image as raw pixels in `layout`, for a model that normalizes them itself."""
+        return dataclasses.replace(self, scale=1.0, mean=(0.0,), std=(1.0,), layout=layout)
+
     def load(self, path: Path) -> Array:
         """The image as float32, without a batch axis: (C, H, W), or (H, W, C) for nhwc."""
         try:

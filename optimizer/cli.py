@@ -137,6 +137,33 @@ Threads = Annotated[int | None, typer.Option(metavar="N", help="Threads to run w
 Seed = Annotated[
     int | None, typer.Option(metavar="N", help="Seed of everything that is drawn; 0 by default.")
 ]
+FixDims = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fix-dim", metavar="NAME=N", help="Fix an open dimension: batch=1, or x.0=1 by input. Repeatable."
+    ),
+]
+Outputs = Annotated[
+    str | None,
+    typer.Option("--outputs", metavar="LIST", help="Keep these outputs, a,b, and what they need."),
+]
+Uint8Input = Annotated[
+    str | None,
+    typer.Option(
+        "--uint8-input", metavar="LAYOUT", help="Take raw pixels, nchw or nhwc; --preprocess goes inside."
+    ),
+]
+Runtime = Annotated[
+    str | None, typer.Option(metavar="VERSION", help="Write what onnxruntime of this version reads: 1.16.")
+]
+Strip = Annotated[bool, typer.Option("--strip", help="Remove documentation and exporters' notes.")]
+Emit = Annotated[
+    str | None, typer.Option(metavar="FORMAT", help="Write onnxruntime's own format beside it: ort.")
+]
+Fusions = Annotated[
+    str | None,
+    typer.Option(metavar="KIND", help="Fuse a transformer (bert, gpt2, vit, ...) for onnxruntime alone."),
+]
 ReportFolder = Annotated[
     Path | None,
     typer.Option(
@@ -171,6 +198,14 @@ def _preprocess(text: str | None) -> Preprocess | None:
     from edgewise.calibration.images import Preprocess
 
     return None if text is None else Preprocess.parse(text)
+
+
+def _names(text: str, option: str) -> list[str]:
+    """The names of a list such as a,b."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise typer.BadParameter(f"{text!r} is no list of names such as a,b ({option})")
+    return names
 
 
 def _integers(text: str, option: str, least: int = 1) -> list[int]:
@@ -231,6 +266,13 @@ def optimize(
     data: Data = None,
     preprocess: Preprocessing = None,
     inputs: Inputs = None,
+    fix_dims: FixDims = None,
+    outputs: Outputs = None,
+    uint8_input: Uint8Input = None,
+    runtime: Runtime = None,
+    strip: Strip = False,
+    emit: Emit = None,
+    fuse_for_onnxruntime: Fusions = None,
     recipe: RecipeFile = None,
     metric: MetricName = None,
     max_drop: MaxDrop = None,
@@ -253,6 +295,13 @@ def optimize(
     options = _recipe(
         recipe,
         preprocess=preprocess,
+        fix_dims=fix_dims or None,
+        outputs=None if outputs is None else _names(outputs, "--outputs"),
+        uint8_input=uint8_input,
+        runtime=runtime,
+        strip=strip or None,
+        emit=emit,
+        fuse_for_onnxruntime=fuse_for_onnxruntime,
         metric=metric,
         max_drop=max_drop,
         target=target,

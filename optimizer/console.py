@@ -20,6 +20,7 @@ from rich.text import Text
 from edgewise.optimizer.benchmarking import Benchmark
 from edgewise.optimizer.comparison import Difference
 from edgewise.optimizer.demo import DemoReport
+from edgewise.optimizer.emit_ort import OrtFiles
 from edgewise.optimizer.inspection import Inspection, PassList, Tensor
 from edgewise.optimizer.jobs import CalibrationReport, Comparison
 from edgewise.optimizer.pipeline import Progress, StepReport
@@ -73,12 +74,22 @@ def view(answer: Answer) -> RenderableType:
 def _(report: Report) -> RenderableType:
     parts: list[RenderableType] = [
         _table(("", "input", "output"), summary_rows(report), folds=(1, 2)),
+        *([_facts(("as asked", change) for change in report.changes)] if report.changes else []),
         _steps(report.steps),
         *([_candidates(report.candidates)] if report.latency is not None else []),
         *_outputs(report.differences),
+        *_ort(report.ort),
         *_notes(report.notes),
     ]
     return Group(*parts)
+
+
+def _ort(ort: OrtFiles | None) -> list[RenderableType]:
+    """What was written in onnxruntime's own format."""
+    if ort is None:
+        return []
+    size = f"written: {ort.model}, {size_text(ort.bytes)}, error {ort.error:.0e}"
+    return [Text(text, overflow="fold") for text in (size, f"written: {ort.operators}")]
 
 
 @view.register
@@ -332,7 +343,9 @@ def _steps(steps: Iterable[StepReport]) -> RenderableType:
             f"{step.seconds:.2f} s",
         )
     if idle:
-        remarks.append(Padding(Text(f"nothing to do for {', '.join(idle)}", style="dim"), (0, 0, 0, 2)))
+        remarks.append(
+            Padding(Text(f"nothing to do for {len(idle)} other passes", style="dim"), (0, 0, 0, 2))
+        )
     return Group(*([table] if table.rows else []), *remarks)
 
 

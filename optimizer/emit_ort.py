@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -39,6 +40,17 @@ class OrtFiles:
     bytes: int
     error: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        required = {f"{domain};{version}": list(ops) for (domain, version), ops in self.required.items()}
+        paths = {"model": str(self.model), "operators": str(self.operators)}
+        return {**paths, "required": required, "bytes": self.bytes, "error": self.error}
+
+
+def files_beside(output: Path) -> tuple[Path, Path]:
+    """The .ort file that goes with `output`, and the list of its operators."""
+    return output.with_suffix(".ort"), output.with_suffix(".required_operators.config")
+
 
 def emit_ort(
     path: str | os.PathLike[str],
@@ -56,7 +68,7 @@ def emit_ort(
     converted and on an output that cannot be written.
     """
     path, output = Path(path), Path(output)
-    listing = output.with_suffix(".required_operators.config")
+    _, listing = files_beside(output)
     if output.suffix != ".ort":
         raise InputError(f"{output} is no name for an .ort file: onnxruntime tells the format by its end")
     files.check_writable(listing, force=force)

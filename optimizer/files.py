@@ -9,8 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
@@ -20,6 +22,8 @@ from edgewise.runtime.errors import InputError
 from edgewise.runtime.session import weight_bytes
 
 _ONE_FILE_LIMIT = int(1.9 * 2**30)  # protobuf stops at 2 GiB; the graph itself needs some of it
+_PIECE = 2**22  # numbers
+_SMALL = 2**20  # bytes: what is not worth a map of its own
 _WEIGHTED_OPS = frozenset(
     {"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "LSTM", "GRU", "RNN", "Gather"}
 )
@@ -39,6 +43,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise InputError(f"{path} is empty: export or copy it again")
     try:
         model = ir.load(path)
+        _map_anew(model)
         model.graph.sort()  # runtimes take nodes in any order, passes do not
         check(model, Signature.of(model))
         for value, tensor in tensors(model):
@@ -62,6 +67,43 @@ def _diagnosis(error: BaseException) -> str:
     return f"is no ONNX model, or a damaged one ({text[:120]}): export or copy it again"
 
 
+class _MappedTensor(ir.ExternalTensor):
+    """External data that is mapped for as long as somebody holds the array, and not from then on.
+
+    What was read of a mapped file counts as memory of the process until it is unmapped.
+    """
+
+    __slots__ = ()
+
+    def numpy(self) -> npt.NDArray[Any]:
+        if self.dtype.bitwidth < 8 or self.nbytes < _SMALL:
+            return super().numpy()
+        self._check_validity()
+        self._check_path_containment()
+        kind = np.dtype(self.dtype.numpy()).newbyteorder("<")
+        mapped = np.memmap(self.path, kind, "r", self.offset or 0, self.shape.numpy())
+        return mapped.view(np.ndarray)
+
+
+def _map_anew(model: ir.Model) -> None:
+    """Let external data of the initializers be mapped only where it is looked at."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            held = value.const_value
+            if isinstance(held, ir.ExternalTensor):
+                value.const_value = _MappedTensor(
+                    held.location,
+                    held.offset,
+                    held.length,
+                    held.dtype,
+                    shape=held.shape,
+                    name=held.name,
+                    doc_string=held.doc_string,
+                    metadata_props=held.metadata_props,
+                    base_dir=held.base_dir,
+                )
+
+
 def tensors(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
     """Every initializer and constant in an attribute, with the value that holds it."""
     for graph in model.graphs():
@@ -79,10 +121,16 @@ def _check_tensor(path: Path, value: ir.Value, tensor: ir.TensorProtocol) -> Non
     if isinstance(tensor, ir.ExternalTensor):
         _check_external(path, tensor)
     array = tensor.numpy()
-    if tensor.dtype.is_floating_point() and _is_weight(value) and not np.isfinite(array).all():
+    if tensor.dtype.is_floating_point() and _is_weight(value) and not _is_finite(array):
         raise InputError(
             f"{path}: weight {value.name!r} holds NaN or infinity: train or export the model again"
         )
+
+
+def _is_finite(array: npt.NDArray[Any]) -> bool:
+    """Looked at piece by piece, for every look takes memory of its own."""
+    flat = array.reshape(-1)
+    return all(np.isfinite(flat[i : i + _PIECE]).all() for i in range(0, flat.size, _PIECE))
 
 
 def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:

@@ -43,7 +43,11 @@ def check_inputs(expected: ir.Model, model: ir.Model, path: Path) -> None:
     wanted = {spec.name: spec.dtype for spec in input_specs(expected)}
     given = {spec.name: spec.dtype for spec in input_specs(model)}
     if given != wanted:
-        raise InputError(f"{path} takes {_inputs_text(given)}, not {_inputs_text(wanted)} as the first model")
+        pixels = any(given.get(name) == np.uint8 for name in wanted)
+        hint = ": it normalizes raw pixels itself, so compare it with models that do" if pixels else ""
+        raise InputError(
+            f"{path} takes {_inputs_text(given)}, not {_inputs_text(wanted)} as the first model{hint}"
+        )
 
 
 def _inputs_text(inputs: Mapping[str, np.dtype[Any]]) -> str:

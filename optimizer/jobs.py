@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,14 @@ from edgewise.optimizer.comparison import Difference, differences
 from edgewise.optimizer.inputs import RANDOM, as_samples, check_inputs
 from edgewise.optimizer.int8 import calibrate_for_int8, prepare, quantize_step, split
 from edgewise.optimizer.judge import Judge
-from edgewise.optimizer.optimization import measure_files, save_stamped, stamp_of
+from edgewise.optimizer.optimization import (
+    Start,
+    begin,
+    check_targets,
+    measure_files,
+    stamp_of,
+    write_result,
+)
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes
 from edgewise.optimizer.probe import probe_feeds
 from edgewise.optimizer.recipe import Quantize, Recipe
@@ -94,30 +102,39 @@ class Comparison:
 class _Job:
     """A model that was read and went through exact passes, and how."""
 
-    path: Path
+    start: Start
     recipe: Recipe
-    original: ir.Model
-    samples: Samples | None
     reference: Reference
     exact: ir.Model
     steps: tuple[StepReport, ...]
 
     @property
+    def path(self) -> Path:
+        return self.start.path
+
+    @property
+    def original(self) -> ir.Model:
+        return self.start.adapted.model
+
+    @property
+    def samples(self) -> Samples | None:
+        return self.start.samples
+
+    @property
     def notes(self) -> tuple[str, ...]:
-        return (RANDOM,) if self.samples is not None and self.samples.random else ()
+        return self.start.notes
 
 
 def _start(
     path: ModelPath, output: Path, data: str | Samples | None, recipe: Recipe, force: bool, progress: Progress
 ) -> _Job:
     """Refuse what cannot end well, read the model, run the recipe's exact passes."""
-    path = Path(path)
-    files.check_writable(output, force=force, source=path)
-    original = files.load(path)
-    samples = as_samples(data, original, recipe.preprocess, recipe.seed)
-    reference = Reference(original, probe_feeds(original, samples, seed=recipe.seed), threads=recipe.threads)
+    files.check_writable(output, force=force, source=Path(path))
+    start = begin(Path(path), data, recipe)
+    original = start.adapted.model
+    reference = Reference(original, start.feeds, threads=recipe.threads)
     exact, steps = run_passes(original, recipe.chain, reference, progress=progress)
-    return _Job(path, recipe, original, samples, reference, exact, steps)
+    return _Job(start, recipe, reference, exact, steps)
 
 
 def _prepared(job: _Job, options: Quantize, progress: Progress) -> _Job:
@@ -142,6 +159,7 @@ def prune(
     cannot be used.
     """
     recipe = (recipe or Recipe()).model_copy(update={"passes": _PRUNING, "benchmark": None})
+    check_targets(Path(output), recipe, Path(model), force=force)
     job = _start(model, Path(output), data, recipe, force, progress)
     removed = any(step.step == _REMOVAL and step.status == "applied" for step in job.steps)
     notes = job.notes if removed else (*job.notes, _NOTHING_PRUNED)
@@ -204,6 +222,7 @@ def quantize(
     recipe = recipe or Recipe()
     options = recipe.quantize or Quantize()
     check_provider(recipe.target)
+    check_targets(Path(output), recipe, Path(model), force=force)
     loaded = None if table is None else CalibrationTable.load(table)
     job = _prepared(_start(model, Path(output), data, recipe, force, progress), options, progress)
     loaded, judges = _calibration(job, loaded, options, progress)
@@ -252,14 +271,16 @@ def _write(
 ) -> Report:
     """Write the result whatever the measurement says, measure it against the input and report."""
     digest = files.sha256(job.path)
-    save_stamped(result, stamp_of(job.recipe, digest, table), output, force=force)
-    paths = {INPUT: job.path, name: output}
-    sizes = {key: files.file_bytes(path) for key, path in paths.items()}
-    latency = measure_files(paths, job.reference.feeds[0], job.recipe, progress)
+    stamp, feeds = stamp_of(job.recipe, digest, table), job.reference.feeds
+    ort = write_result(result, stamp, job.recipe, output, feeds, force=force)
+    with tempfile.TemporaryDirectory(prefix="edgewise-") as scratch:
+        paths = {INPUT: job.start.file(Path(scratch)), name: output}
+        sizes = {key: files.file_bytes(path) for key, path in paths.items()}
+        latency = measure_files(paths, feeds[0], job.recipe, progress)
     score, found = (None, ()) if judge is None else judge.verdict(result)
     return Report(
         version=VERSION,
-        input=facts_of(job.original, job.path, digest, sizes[INPUT]),
+        input=facts_of(job.start.adapted.original, job.path, digest, files.file_bytes(job.path)),
         output=facts_of(result, output, files.sha256(output), sizes[name]),
         recipe=job.recipe.model_dump(mode="json"),
         steps=job.steps,
@@ -269,6 +290,8 @@ def _write(
         latency=latency,
         table=None if table is None else table.digest,
         notes=notes,
+        changes=job.start.adapted.changes,
+        ort=ort,
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,9 +15,12 @@ from edgewise.calibration.data import Samples
 from edgewise.calibration.table import CalibrationTable
 from edgewise.calibration.target import target_of
 from edgewise.optimizer import files
+from edgewise.optimizer.bisection import culprit
 from edgewise.optimizer.choice import INPUT, choose
-from edgewise.optimizer.inputs import RANDOM, as_samples
+from edgewise.optimizer.emit_ort import OrtFiles, emit_ort, files_beside
+from edgewise.optimizer.inputs import RANDOM
 from edgewise.optimizer.int8 import calibrate_for_int8, prepare, quantize_step, split
+from edgewise.optimizer.interface import Adapted, adapt
 from edgewise.optimizer.judge import Judge
 from edgewise.optimizer.layers import layer_noise
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes
@@ -25,10 +28,13 @@ from edgewise.optimizer.probe import probe_feeds
 from edgewise.optimizer.profiling import profile
 from edgewise.optimizer.recipe import Recipe
 from edgewise.optimizer.report import Report, facts_of, write_report
+from edgewise.optimizer.runtimes import limits_of
 from edgewise.optimizer.torch_export import is_torch_target, to_model
+from edgewise.optimizer.transformers import with_hidden_keys
 from edgewise.optimizer.version import VERSION
+from edgewise.passes.base import Pass
 from edgewise.runtime.conditions import Conditions
-from edgewise.runtime.errors import EdgewiseError
+from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import Feed
 from edgewise.runtime.latency import LatencyReport, measure
 from edgewise.runtime.session import check_provider
@@ -39,6 +45,9 @@ _NO_SAMPLES = (
     "no samples were given, so only exact passes ran: with --data (unlabelled samples are enough) static "
     "int8 can be calibrated and judged, and every step is checked on real inputs"
 )
+_SLOWER = "the model was measured to be slower after it"
+_MOST_TAKEN_BACK = 3  # searches for a pass that makes the model slower take a minute each
+_AS_ASKED = "what is measured and compared as the input is the model with the changes that were asked for"
 
 
 def optimize(
@@ -60,18 +69,16 @@ def optimize(
     """
     recipe, output = recipe or Recipe(), Path(output)
     check_provider(recipe.target)
-    files.check_writable(output, force=force, source=Path(model))
-    with tempfile.TemporaryDirectory(prefix="edgewise-") as scratch:
-        path = as_file(model, inputs, Path(scratch), seed=recipe.seed)
-        original = files.load(path)
-        samples = as_samples(data, original, recipe.preprocess, recipe.seed)
+    check_targets(output, recipe, Path(model), force=force)
+    with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
+        scratch = Path(folder)
+        start = begin(as_file(model, inputs, scratch, seed=recipe.seed), data, recipe)
         if report is not None:
             files.make_folder(Path(report))
-        made = _make(original, samples, recipe, progress)
-        stamp = stamp_of(recipe, files.sha256(path), made.table)
-        result = _choose_and_write(path, made, stamp, recipe, output, Path(scratch), progress, force=force)
+        made, recipe = _make_none_slower(start, recipe, scratch, progress)
+        result = _choose_and_write(start, made, recipe, output, force=force)
         if report is not None:
-            result = _explained(result, [path, output], made, samples, recipe, progress)
+            result = _explained(result, [start.file(scratch), output], made, start.samples, recipe, progress)
     result = dataclasses.replace(result, input=dataclasses.replace(result.input, path=os.fspath(model)))
     if report is not None:
         from edgewise.optimizer.page import write_page  # brings matplotlib, which takes a second
@@ -88,6 +95,48 @@ def as_file(model: str | os.PathLike[str], inputs: Sequence[str], scratch: Path,
     return files.save(to_model(os.fspath(model), inputs, seed=seed), scratch / "exported.onnx")
 
 
+def check_targets(output: Path, recipe: Recipe, source: Path, *, force: bool) -> None:
+    """Raise `InputError` unless all files that the recipe wants may be written."""
+    if recipe.emit is not None and output.suffix == ".ort":
+        raise InputError(f"the .ort file is written beside {output}: let its name end otherwise")
+    for path in (output, *(files_beside(output) if recipe.emit is not None else ())):
+        files.check_writable(path, force=force, source=source)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that was read from `path` and made what was asked for, and what it is run on."""
+
+    path: Path
+    adapted: Adapted
+    samples: Samples | None
+    feeds: tuple[Feed, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What people should know of it."""
+        random = self.samples is not None and self.samples.random
+        return (*((RANDOM,) if random else ()), *((_AS_ASKED,) if self.adapted.changes else ()))
+
+    def file(self, scratch: Path) -> Path:
+        """The file of the model as it was asked for, in `scratch` where that is not as it came."""
+        if not self.adapted.changes:
+            return self.path
+        path = scratch / f"{self.path.stem}.as-asked.onnx"
+        return path if path.exists() else files.save(self.adapted.model, path)
+
+
+def begin(path: Path, data: str | Samples | None, recipe: Recipe) -> Start:
+    """Read a model, make it what the recipe asks for and see that it still answers as it did."""
+    adapted = adapt(files.load(path), recipe)
+    samples = adapted.samples(data, recipe.preprocess, recipe.seed)
+    feeds = probe_feeds(adapted.model, samples, seed=recipe.seed)
+    adapted.verify(feeds, threads=recipe.threads)
+    if recipe.fuse_for_onnxruntime is not None:
+        feeds = with_hidden_keys(adapted.model, feeds)
+    return Start(path, adapted, samples, feeds)
+
+
 @dataclass(frozen=True)
 class _Made:
     """The models a run made, by name and in order of ambition, and how."""
@@ -100,18 +149,22 @@ class _Made:
     notes: tuple[str, ...] = ()
     in_float: ir.Model | None = None
     """What the int8 model was made from."""
+    stamp: Mapping[str, str] = field(default_factory=dict)
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    """Where the models are saved."""
+    latency: LatencyReport | None = None
 
 
-def _make(original: ir.Model, samples: Samples | None, recipe: Recipe, progress: Progress) -> _Made:
+def _make(start: Start, recipe: Recipe, progress: Progress) -> _Made:
     """Run the exact chain and, where samples allow, int8."""
-    reference = Reference(original, probe_feeds(original, samples, seed=recipe.seed), threads=recipe.threads)
+    original, samples, notes = start.adapted.model, start.samples, start.notes
+    reference = Reference(original, start.feeds, threads=recipe.threads)
     exact, steps = run_passes(original, recipe.chain, reference, progress=progress)
     models = {INPUT: original}
     if exact is not original:
         models[EXACT] = exact
     if samples is None:
-        return _Made(models, steps, reference.feeds, notes=(_NO_SAMPLES,))
-    notes = (RANDOM,) if samples.random else ()
+        return _Made(models, steps, reference.feeds, notes=(_NO_SAMPLES, *notes))
     if recipe.quantize is None:
         judge = Judge(original, samples, recipe.metric, recipe.max_drop, recipe.threads)
         return _Made(models, steps, reference.feeds, judge, notes=notes)
@@ -129,39 +182,80 @@ def _make(original: ir.Model, samples: Samples | None, recipe: Recipe, progress:
     return _Made(models, steps + preparation + attempts, reference.feeds, judge, table, notes, ready)
 
 
-def _choose_and_write(
-    path: Path,
-    made: _Made,
-    stamp: Mapping[str, str],
-    recipe: Recipe,
-    output: Path,
-    scratch: Path,
-    progress: Progress,
-    *,
-    force: bool,
-) -> Report:
-    """Measure what was made, write the best of it and report."""
+def _make_none_slower(
+    start: Start, recipe: Recipe, scratch: Path, progress: Progress
+) -> tuple[_Made, Recipe]:
+    """Make the models and measure them; an exact pass that made the model slower is found and left out.
+
+    Gives back the recipe as it was followed.
+    """
+    taken_back: tuple[StepReport, ...] = ()
+    while True:
+        made = _measured(start, _make(start, recipe, progress), recipe, scratch, progress)
+        made = dataclasses.replace(made, steps=taken_back + made.steps)
+        guilty = None
+        if _is_slower(made.latency, EXACT) and len(taken_back) < _MOST_TAKEN_BACK:
+            guilty = _culprit(start, made, recipe, scratch, progress)
+        shorter = None if guilty is None else recipe.without(guilty)
+        if guilty is None or shorter is None:
+            return made, recipe
+        taken_back += (StepReport(guilty.spec, guilty.contract.value, "rolled back", reason=_SLOWER),)
+        recipe = shorter
+
+
+def _measured(start: Start, made: _Made, recipe: Recipe, scratch: Path, progress: Progress) -> _Made:
+    """The models saved, all but the input with the stamp of their making, and measured."""
+    stamp = stamp_of(recipe, files.sha256(start.path), made.table)
     paths = {
-        name: path if name == INPUT else save_stamped(made.models[name], stamp, scratch / f"{name}.onnx")
-        for name in made.models
+        name: start.file(scratch)
+        if name == INPUT
+        else save_stamped(model, stamp, scratch / f"{name}.onnx", force=True)
+        for name, model in made.models.items()
     }
     latency = measure_files(paths, made.feeds[0], recipe, progress)
-    candidates = choose({name: files.file_bytes(p) for name, p in paths.items()}, latency)
+    return dataclasses.replace(made, stamp=stamp, paths=paths, latency=latency)
+
+
+def _is_slower(latency: LatencyReport | None, name: str) -> bool:
+    ratios = () if latency is None else latency.ratios
+    return any(ratio.name == name and ratio.verdict == "slower" for ratio in ratios)
+
+
+def _culprit(start: Start, made: _Made, recipe: Recipe, scratch: Path, progress: Progress) -> Pass:
+    """The exact pass from which on the model is slower than the input."""
+    passes = {step.spec: step for step in recipe.chain}
+    applied = [passes[s.step] for s in made.steps if s.status == "applied" and s.step in passes]
+
+    def is_slower(model: ir.Model) -> bool:
+        trial = files.save(model, scratch / "trial.onnx", force=True)
+        paths = {INPUT: start.file(scratch), "trial": trial}
+        return _is_slower(measure_files(paths, made.feeds[0], recipe, progress), "trial")
+
+    return culprit(start.adapted.model, applied, is_slower)
+
+
+def _choose_and_write(start: Start, made: _Made, recipe: Recipe, output: Path, *, force: bool) -> Report:
+    """Write the best of what was made and report."""
+    candidates = choose({name: files.file_bytes(p) for name, p in made.paths.items()}, made.latency)
     chosen = next(c.name for c in candidates if c.chosen)
-    save_stamped(made.models[chosen], stamp, output, force=force)
+    ort = write_result(made.models[chosen], made.stamp, recipe, output, made.feeds, force=force)
     score, found = (None, ()) if made.judge is None else made.judge.verdict(made.models[chosen])
     return Report(
         version=VERSION,
-        input=facts_of(made.models[INPUT], path, files.sha256(path), files.file_bytes(path)),
+        input=facts_of(
+            start.adapted.original, start.path, files.sha256(start.path), files.file_bytes(start.path)
+        ),
         output=facts_of(made.models[chosen], output, files.sha256(output), files.file_bytes(output)),
         recipe=recipe.model_dump(mode="json"),
         steps=made.steps,
         differences=found,
         score=score,
         candidates=candidates,
-        latency=latency,
-        table=stamp.get("edgewise.table"),
+        latency=made.latency,
+        table=made.stamp.get("edgewise.table"),
         notes=made.notes,
+        changes=start.adapted.changes,
+        ort=ort,
     )
 
 
@@ -192,6 +286,28 @@ def _explained(
     except EdgewiseError as failure:  # the work is done: what explains it may be missing
         return dataclasses.replace(result, notes=(*result.notes, f"no profile: {failure}"))
     return dataclasses.replace(result, profiles=found)
+
+
+def write_result(
+    model: ir.Model,
+    stamp: Mapping[str, str],
+    recipe: Recipe,
+    output: Path,
+    feeds: Sequence[Feed],
+    *,
+    force: bool,
+) -> OrtFiles | None:
+    """Write the model, and beside it what the recipe wants emitted; where that fails, nothing."""
+    if recipe.runtime is not None:
+        limits_of(recipe.runtime).check(model)
+    made = None
+    if recipe.emit is not None:
+        with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
+            source = save_stamped(model, stamp, Path(folder) / output.name)
+            ort, _ = files_beside(output)
+            made = emit_ort(source, ort, feeds, threads=recipe.threads, force=force)
+    save_stamped(model, stamp, output, force=force)
+    return made
 
 
 def save_stamped(model: ir.Model, stamp: Mapping[str, str], path: Path, *, force: bool = False) -> Path:

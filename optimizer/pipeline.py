@@ -121,15 +121,23 @@ Judge = Callable[[ir.Model], float]
 
 
 def run_step(
-    model: ir.Model, step: Pass, reference: Reference, *, judge: Judge | None = None, strict: bool = False
+    model: ir.Model,
+    step: Pass,
+    reference: Reference,
+    *,
+    copy: ir.Model | None = None,
+    judge: Judge | None = None,
+    strict: bool = False,
 ) -> tuple[ir.Model, StepReport]:
     """Apply one pass to `model`, which is left as it was; give back the model to go on with.
 
-    An exact pass is held to the reference's outputs, a lossy one to `judge`. With `strict` an
-    exception that no pass should raise is raised again, instead of being rolled back and named.
+    The pass works on `copy`, by default a new one, which afterwards is the model given back, or spoilt, or
+    as it was if the status is "no change". An exact pass is held to the reference's outputs, a lossy one to
+    `judge`. With `strict` an exception that no pass should raise is raised again, instead of being rolled
+    back and named.
     """
     start = time.perf_counter()
-    candidate = model.clone()
+    candidate = model.clone() if copy is None else copy
     edits, refused, error, score, reason = 0, {}, None, None, ""
     try:
         outcome = step.apply(candidate)
@@ -180,13 +188,16 @@ def run_passes(
     banned: set[Pass] = set()
     idle: set[Pass] = set()
     """Those that found nothing since the last edit."""
+    copy = None
     for round_ in range(_MAX_ROUNDS):
         edited = False
         for done, step in enumerate(chain):
             progress(f"round {round_ + 1}: {step.name}", done, len(chain))
             if step in banned or step in idle:
                 continue
-            model, report = run_step(model, step, reference, strict=strict)
+            copy = model.clone() if copy is None else copy
+            model, report = run_step(model, step, reference, copy=copy, strict=strict)
+            copy = copy if report.status == "no change" else None
             if report.status == "applied":
                 edited = True
                 idle.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from edgewise.calibration.data import Preprocess
 from edgewise.calibration.plan import QuantOptions
+from edgewise.optimizer.runtimes import limits_of
+from edgewise.optimizer.transformers import FuseForOnnxruntime, fusion_of
 from edgewise.passes import EXACT_CHAIN, PREPARATION, parse
 from edgewise.passes.base import Contract, Pass
+from edgewise.passes.lower_opset import LowerOpset
+from edgewise.passes.upgrade_opset import UpgradeOpset
 from edgewise.runtime.errors import InputError
 
 TargetName = Literal["cpu", "cuda", "tensorrt", "openvino"]
@@ -28,7 +33,9 @@ def _exact(specs: tuple[str, ...]) -> tuple[str, ...]:
         if step.contract is not Contract.EXACT:
             raise ValueError(f"{spec} is lossy; the recipe's section for it decides, not the chain")
         if not step.keeps_signature:
-            raise ValueError(f"{spec} changes inputs or outputs: apply it from Python, before the job")
+            raise ValueError(
+                f"{spec} changes inputs or outputs: ask for it with fix_dims, outputs or uint8_input"
+            )
     return specs
 
 
@@ -65,13 +72,29 @@ class Benchmark(_Frozen):
 
 
 class Recipe(_Frozen):
-    """The whole job. `max_drop` is in units of the metric: 0.01 of top1 is one point."""
+    """The whole job. `max_drop` is in units of the metric: 0.01 of top1 is one point.
+
+    What a device needs of the file is done first, and whatever else is done starts from there: open
+    dimensions get a size (`fix_dims`: batch=1), `outputs` are kept and all others cut, the image input
+    takes raw pixels in the layout `uint8_input` and is normalized inside as `preprocess` says, the file is
+    held at what the onnxruntime of version `runtime` reads, and with `strip` debug strings are removed.
+    `emit` names a format that is written beside the .onnx file. `fuse_for_onnxruntime` names a kind of
+    transformer, bert or bert{heads: 12, hidden: 768}: onnxruntime's own fusions then come first, and the
+    file runs on onnxruntime only.
+    """
 
     version: Literal[1] = 1
     passes: tuple[str, ...] = EXACT_CHAIN
     quantize: Quantize | None = Quantize()
     benchmark: Benchmark | None = Benchmark()
     preprocess: Preprocess | None = None
+    fix_dims: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    uint8_input: Literal["nchw", "nhwc"] | None = None
+    runtime: str | None = None
+    strip: bool = False
+    emit: Literal["ort"] | None = None
+    fuse_for_onnxruntime: str | None = None
     metric: str | None = None
     max_drop: float = Field(default=0.01, ge=0)
     target: TargetName = "cpu"
@@ -83,10 +106,40 @@ class Recipe(_Frozen):
     def _are_exact_passes(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
         return _exact(specs)
 
+    @field_validator("runtime")
+    @classmethod
+    def _is_known(cls, runtime: str | None) -> str | None:
+        if runtime is not None:
+            limits_of(runtime)
+        return runtime
+
+    @field_validator("fuse_for_onnxruntime")
+    @classmethod
+    def _is_a_kind(cls, kind: str | None) -> str | None:
+        if kind is not None:
+            fusion_of(kind)
+        return kind
+
     @property
     def chain(self) -> tuple[Pass, ...]:
-        """The exact passes, ready to run."""
-        return tuple(parse(spec) for spec in self.passes)
+        """The exact passes, ready to run; what they write is what `runtime` reads."""
+        fusions = () if self.fuse_for_onnxruntime is None else (fusion_of(self.fuse_for_onnxruntime),)
+        steps = (*fusions, *(parse(spec) for spec in self.passes))
+        if self.runtime is None:
+            return steps
+        limits = limits_of(self.runtime)
+        capped = (
+            dataclasses.replace(s, to=min(s.to, limits.opset)) if isinstance(s, UpgradeOpset) else s
+            for s in steps
+        )
+        return (*capped, LowerOpset(limits.opset, limits.ir_version))
+
+    def without(self, step: Pass) -> Recipe | None:
+        """The recipe without one of its exact passes; None where that is none of its own."""
+        if isinstance(step, FuseForOnnxruntime):
+            return self.model_copy(update={"fuse_for_onnxruntime": None})
+        passes = tuple(spec for spec in self.passes if parse(spec) != step)
+        return None if passes == self.passes else self.model_copy(update={"passes": passes})
 
     def to_yaml(self) -> str:
         """Text that `load_recipe` reads back."""

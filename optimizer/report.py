@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from edgewise.optimizer.comparison import Difference
+from edgewise.optimizer.emit_ort import OrtFiles
 from edgewise.optimizer.files import make_folder, tensors, write_text
 from edgewise.optimizer.layers import LayerNoise
 from edgewise.optimizer.pipeline import StepReport
@@ -74,7 +75,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole run: what came in, every step, what was measured, what was written and why."""
+    """A whole run: what came in, every step, what was measured, what was written and why.
+
+    `changes` are what was asked for and done to the input before all else; `ort` is what was written beside.
+    """
 
     version: str
     input: ModelFacts
@@ -89,6 +93,8 @@ class Report:
     notes: tuple[str, ...] = field(default=())
     layers: tuple[LayerNoise, ...] = ()
     profiles: ProfileReport | None = None
+    changes: tuple[str, ...] = ()
+    ort: OrtFiles | None = None
 
     @property
     def chosen(self) -> str:
@@ -97,7 +103,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; infinities become None."""
-        own = {"latency": self.latency, "profiles": self.profiles}
+        own = {"latency": self.latency, "profiles": self.profiles, "ort": self.ort}
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
         data |= {name: None if value is None else value.to_dict() for name, value in own.items()}
         values: dict[str, Any] = plain(data)
@@ -108,6 +114,8 @@ class Report:
         parts = [
             "# edgewise report\n",
             table(("", "input", "output"), summary_rows(self)),
+            *("\n## Changed as asked\n\n" if self.changes else ""),
+            *(f"- {change}\n" for change in self.changes),
             "\n## Steps\n",
             table(STEP_COLUMNS, step_rows(self.steps)),
             "\n## Candidates\n",

@@ -116,7 +116,8 @@ def _difference_headline(report: Report) -> Headline | None:
 def summary(report: Report) -> str:
     """The outcome in one sentence."""
     if report.chosen == INPUT:
-        return "Nothing that was tried beat the input, so it was written as it came."
+        how = "with the changes that were asked for, and no others" if report.changes else "as it came"
+        return f"Nothing that was tried beat the input, so it was written {how}."
     share = report.output.bytes / report.input.bytes
     size = f"{percent(share, 1 if share < 0.1 else 0)} of the size"
     speed = speed_headline(report)

@@ -96,7 +96,11 @@ def _(report: Report) -> Page:
         subject=subject(report),
         summary=summary(report),
         headlines=tuple(h for h in headlines if h is not None),
-        warnings=(*report.notes, *(() if latency is None else failure_lines(latency))),
+        warnings=(
+            *(f"as asked: {change}" for change in report.changes),
+            *report.notes,
+            *(() if latency is None else failure_lines(latency)),
+        ),
         sections=(
             *overview_section(report),
             *(

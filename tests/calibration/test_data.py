@@ -183,6 +183,14 @@ def test_taking_is_lazy_and_composes() -> None:
     assert len(samples.take([])) == 0
 
 
+def test_some_of_the_inputs() -> None:
+    both = [spec("a"), spec("b")]
+    samples = from_arrays({"a": numbers(4, 3), "b": numbers(4, 3)}, both, labels=np.arange(4)).only(both[1:])
+    assert [list(feed) for feed in samples] == [["b"]] * 4
+    assert samples.labels.tolist() == [0, 1, 2, 3]
+    assert len(list(samples.batches(4))) == 1
+
+
 def test_batches() -> None:
     samples = from_arrays({"x": numbers(5, 1)}, [spec(shape=("N", 1))])
     assert [b["x"].ravel().tolist() for b in samples.batches(2)] == [[0, 1], [2, 3], [4]]
@@ -312,6 +320,14 @@ def test_images_for_a_fixed_batch_and_for_integers(tmp_path: Path) -> None:
         source, [spec(shape=(2, 8, 8, 3), dtype=np.uint8)], preprocess=Preprocess(layout="nhwc")
     )
     assert (len(samples), samples.labels, samples[0]["x"].dtype) == (1, None, np.uint8)
+
+
+def test_pixels_are_not_normalized(tmp_path: Path) -> None:
+    source = images(tmp_path, "1.png")
+    for options in (Preprocess(scale=255), Preprocess(mean=(1, 2, 3)), Preprocess(std=(2,))):
+        with pytest.raises(InputError, match="'x' takes raw pixels and normalizes them itself: leave scale"):
+            open_samples(source, [spec(shape=(1, 3, 8, 8), dtype=np.uint8)], preprocess=options)
+        assert len(open_samples(source, [spec(shape=(1, 3, 8, 8))], preprocess=options)) == 1
 
 
 def test_images_that_do_not_fit(tmp_path: Path) -> None:

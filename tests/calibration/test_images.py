@@ -90,6 +90,16 @@ def test_arithmetic_follows_the_order_of_the_channels(tmp_path: Path) -> None:
     np.testing.assert_allclose(Preprocess.parse(text).load(tmp_path / "a.png"), expected, rtol=1e-6)
 
 
+def test_the_same_image_as_raw_pixels(tmp_path: Path) -> None:
+    preprocess = Preprocess(crop=2, channels="bgr", scale=255, mean=(0.5,), std=(0.25, 0.5, 1))
+    raw = preprocess.pixels("nhwc")
+    assert raw == Preprocess(crop=2, channels="bgr", layout="nhwc")
+    path = tmp_path / "a.png"
+    picture(path)
+    normal = (raw.load(path) / 255 - 0.5) / np.array([0.25, 0.5, 1])
+    np.testing.assert_allclose(preprocess.load(path).transpose(1, 2, 0), normal, rtol=1e-6, atol=1e-6)
+
+
 def test_resizing_keeps_the_aspect_and_cropping_the_center(tmp_path: Path) -> None:
     pixels = picture(tmp_path / "a.png", 40, 61)
     assert Preprocess.parse("resize=20").load(tmp_path / "a.png").shape == (3, 20, 30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,14 @@ def test_the_list_as_a_file(model_path: Path, tmp_path: Path) -> None:
     assert lines == [
         f"{domain};{version};{','.join(ops)}" for (domain, version), ops in made.required.items()
     ]
+
+
+def test_as_plain_values(model_path: Path, tmp_path: Path) -> None:
+    made = emit_ort(model_path, tmp_path / "out.ort")
+    data = json.loads(json.dumps(made.to_dict()))
+    assert data["model"] == str(tmp_path / "out.ort")
+    assert data["required"]["ai.onnx;13"] == list(made.required["ai.onnx", 13])
+    assert (data["bytes"], data["error"]) == (made.bytes, made.error)
 
 
 def test_operators_of_branches(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -255,3 +256,36 @@ def test_the_written_file_is_as_open_as_any_other(model: ir.Model, tmp_path: Pat
     plain = tmp_path / "plain"
     plain.write_bytes(b"")
     assert out.stat().st_mode == plain.stat().st_mode
+
+
+def test_a_nan_beyond_the_first_piece_is_seen(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_PIECE", 1)
+    proto = onnx.load(model_path)
+    (tensor,) = [t for t in proto.graph.initializer if t.name == "conv_w"]
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array.flat[-1] = np.nan
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, "conv_w"))
+    onnx.save(proto, model_path)
+    with pytest.raises(InputError, match="conv_w"):
+        files.load(model_path)
+
+
+def test_external_data_is_mapped_only_while_it_is_looked_at(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large tensors, that is; whoever holds an array can go on reading it."""
+    monkeypatch.setattr(files, "_SMALL", 0)
+    inside = onnx.numpy_helper.to_array(
+        next(t for t in onnx.load(model_path).graph.initializer if t.name == "conv_w")
+    )
+    external(model_path)
+    tensor = files.load(model_path).graph.initializers["conv_w"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    array = tensor.numpy()
+    np.testing.assert_array_equal(array, inside)
+    assert array.dtype == inside.dtype
+    mapped = weakref.ref(array.base)
+    assert not array.flags.writeable
+    assert tensor.raw is None
+    del array
+    assert mapped() is None

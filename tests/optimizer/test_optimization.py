@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import zoo
+from answers import measured
 
-from edgewise.optimizer import files
+from edgewise.optimizer import files, optimization
 from edgewise.optimizer.optimization import optimize
 from edgewise.optimizer.recipe import Benchmark, Recipe
 from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Evaluator
+from edgewise.runtime.latency import LatencyReport
 from edgewise.runtime.session import ProviderError
 
 QUICK = Recipe(benchmark=None, threads=1)
@@ -69,7 +73,7 @@ def test_what_has_no_int8_kernel_is_written_in_what_has_one(tmp_path: Path) -> N
     assert "ConvTranspose" not in ops
     exact = optimize(tmp_path / "grow.onnx", tmp_path / "exact.onnx", recipe=QUICK)
     assert "ConvTranspose" in {node.op_type for node in onnx.load(tmp_path / "exact.onnx").graph.node}
-    assert not any("split" in step.step for step in exact.steps)
+    assert not any("split-conv" in step.step for step in exact.steps)
 
 
 def test_output_says_how_it_was_made(model_path: Path, tmp_path: Path, data: str) -> None:
@@ -114,3 +118,29 @@ def test_missing_provider_is_an_error(model_path: Path, tmp_path: Path) -> None:
 def test_random_data_is_said_to_be_random(model_path: Path, tmp_path: Path) -> None:
     report = optimize(model_path, tmp_path / "out.onnx", data="random:40", recipe=QUICK)
     assert any("random" in note for note in report.notes)
+
+
+def test_a_pass_that_makes_the_model_slower_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock by which a model without its Identity takes twice as long."""
+
+    def clock(paths: Mapping[str, Path], *_: object) -> LatencyReport:
+        kept = {
+            name: any(node.op_type == "Identity" for node in onnx.load(path).graph.node)
+            for name, path in paths.items()
+            if name != "input"
+        }
+        return measured({name: (1.0, 0.98, 1.02) if kept[name] else (0.5, 0.48, 0.52) for name in kept})
+
+    monkeypatch.setattr(optimization, "measure_files", clock)
+    source = tmp_path / "in.onnx"
+    files.save(zoo.build("conv_chain"), source)
+    report = optimize(source, tmp_path / "out.onnx")
+    (taken_back,) = [step for step in report.steps if step.status == "rolled back"]
+    assert taken_back.step == "drop-identity"
+    assert "slower" in taken_back.reason
+    assert "drop-identity" not in report.recipe["passes"]
+    assert report.chosen == "exact"
+    assert [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node].count("Identity") == 1
+    assert "BatchNormalization" not in [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node]

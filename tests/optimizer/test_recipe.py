@@ -17,6 +17,12 @@ FULL = Recipe(
     quantize=Quantize(methods=("minmax",), samples=7),
     benchmark=Benchmark(precision=0.05, max_seconds=1.0),
     preprocess=Preprocess(resize=256, crop=(224, 192), mean=(0.5, 0.5, 0.5), std=(0.25,)),
+    fix_dims=("batch=1", "x.2=8"),
+    outputs=("scores", "mask"),
+    uint8_input="nhwc",
+    runtime="1.16",
+    strip=True,
+    emit="ort",
     metric="top1",
     max_drop=0.02,
     target="openvino",
@@ -35,6 +41,14 @@ def test_yaml_round_trip(recipe: Recipe, tmp_path: Path) -> None:
 def test_the_default_recipe_is_the_whole_exact_chain() -> None:
     assert [step.spec for step in Recipe().chain] == list(EXACT_CHAIN)
     assert Recipe().quantize is not None
+
+
+def test_a_runtime_holds_the_chain() -> None:
+    *before, last = Recipe(runtime="1.9").chain
+    assert last.spec == "lower-opset{ir_version: 8, to: 15}"
+    expected = ["upgrade-opset{to: 15}" if spec == "upgrade-opset" else spec for spec in EXACT_CHAIN]
+    assert [step.spec for step in before] == expected
+    assert [step.spec for step in Recipe(runtime="1.16").chain][:-1] == list(EXACT_CHAIN)
 
 
 def test_a_file_says_only_what_is_different(tmp_path: Path) -> None:
@@ -68,6 +82,10 @@ MISTAKES = {
     "unknown method": ("quantize: {methods: [best]}", "methods"),
     "no method": ("quantize: {methods: []}", "methods"),
     "unknown target": ("target: toaster", "target"),
+    "a runtime that is a number": ("runtime: 1.20", "runtime"),
+    "unknown runtime": ("runtime: newest", "no version of onnxruntime"),
+    "unknown layout of pixels": ("uint8_input: chw", "uint8_input"),
+    "unknown format": ("emit: tflite", "emit"),
     "another version": ("version: 2", "version"),
 }
 

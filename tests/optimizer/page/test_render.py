@@ -206,6 +206,12 @@ class TestReport:
     def test_notes_are_warnings(self) -> None:
         assert page_of(report()).warnings == ("something to know",)
 
+    def test_what_was_asked_for(self) -> None:
+        changed = dataclasses.replace(report("input"), changes=("input x: cut",))
+        assert page_of(changed).warnings == ("as asked: input x: cut", "something to know")
+        assert "with the changes that were asked for" in page_of(changed).summary
+        assert "as it came" in page_of(report("input")).summary
+
     def test_what_runs_in_float_after_all(self, of_report: str) -> None:
         assert "In float after all: 1 node of int8" in of_report
 
