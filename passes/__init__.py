@@ -30,6 +30,7 @@ from edgewise.passes.fuse_norms import FuseNorms
 from edgewise.passes.fuse_pad import FusePad
 from edgewise.passes.fuse_rotary import FuseRotary
 from edgewise.passes.infer_shapes import InferShapes
+from edgewise.passes.inline_functions import InlineFunctions
 from edgewise.passes.inline_if import InlineIf
 from edgewise.passes.insert_qdq import InsertQdq
 from edgewise.passes.keep_outputs import KeepOutputs
@@ -55,6 +56,7 @@ from edgewise.passes.write_fills import WriteFills
 
 _ALL: tuple[type[Pass], ...] = (
     FreezeInputs,
+    InlineFunctions,
     LiftConstants,
     UpgradeOpset,
     DropDeadNodes,
@@ -105,6 +107,7 @@ PASSES: Mapping[str, type[Pass]] = MappingProxyType({kind.name: kind for kind in
 
 EXACT_CHAIN: tuple[str, ...] = (
     "freeze-inputs",  # first, because what is overridable is no constant
+    "inline-functions",  # into which nothing else looks
     "lift-constants",  # one form of constants for all that follows
     "upgrade-opset",  # one form of every operator for all that follows
     "drop-dead-nodes",  # nothing is inferred or folded that nobody reads

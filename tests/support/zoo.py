@@ -300,6 +300,21 @@ GRAPHS: Mapping[str, str] = MappingProxyType(
                 o1 = Transpose <perm = [0, 2, 1, 3]> (o0)
                 y = Reshape (o1, join)
             }""",
+        "functions": """
+            <ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+            agraph (float[N, 4] x) => (float[N, 4] y)
+            {
+                h = local.gate <power = 2.0> (x)
+                y = local.gate <power = 3.0> (h)
+            }
+            <domain: "local", opset_import: ["" : 17]>
+            gate <power> (a) => (b)
+            {
+                p = Constant <value_float: float = @power> ()
+                s = Sigmoid (a)
+                t = Mul (a, s)
+                b = Mul (t, p)
+            }""",
         "heads_merged": """
             agraph (float[2, 4, 5, 6] x) => (float[2, 4, 6, 5] y)
             {
