@@ -156,7 +156,8 @@ def report(source: Path, out: Path, moments: list[float], told: dict[str, list[s
     written = files.load(out)
     external = sum(isinstance(t, ir.ExternalTensor) for _, t in files.tensors(written))
     same = sorted(hashes(model)) == sorted(hashes(written))
-    print(f"written: {files.file_bytes(out) / 2**30:.2f} GiB, {external} external tensors, the same: {same}")
+    size = files.file_bytes(out) / 2**30
+    print(f"written: {size:.2f} GiB, {external} external tensors, {'the same' if same else 'other'} weights")
 
 
 def _peaks(looks: Looks, start: float, end: float) -> str:

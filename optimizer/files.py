@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from edgewise.optimizer import stream
 from edgewise.passes.base import PassError
 from edgewise.passes.verify import Signature, check
 from edgewise.runtime.errors import InputError
@@ -143,8 +144,13 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
         )
     if not data.is_file():
         raise InputError(f"{path}: external data {data.name} is missing; put it beside the model")
-    end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
-    if data.stat().st_size < end:
+    length = tensor.nbytes if tensor.length is None else tensor.length
+    if length != tensor.nbytes:
+        raise InputError(
+            f"{path}: tensor {tensor.name!r} has {length} bytes of external data, and its shape "
+            f"{tensor.nbytes}; export it again"
+        )
+    if data.stat().st_size < (tensor.offset or 0) + length:
         raise InputError(
             f"{path}: external data {data.name} ends before tensor {tensor.name!r}; copy it again"
         )
@@ -162,13 +168,12 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) 
     """
     path = Path(path)
     with write_folder(path, force=force) as folder:
-        data = f"{path.name}.data" if weight_bytes(model) > _ONE_FILE_LIMIT else None
-        # A clone, because saving re-points the tensors of the model that is saved.
-        copy = model.clone()
+        copy = model.clone()  # because saving re-points the tensors of the model that is saved
         _forget_inferable(copy)
-        if data is None:
-            ir.external_data.load_to_model(copy)
-        ir.save(copy, folder / path.name, external_data=data)
+        if weight_bytes(model) > _ONE_FILE_LIMIT:
+            ir.save(copy, folder / path.name, external_data=f"{path.name}.data")
+        else:
+            stream.save(copy, folder / path.name)
     return path
 
 

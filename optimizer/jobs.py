@@ -43,13 +43,17 @@ _PRUNED, _INT8 = "pruned", "int8"
 _REMOVAL = "prune-channels{multiple: 4}"
 _PRUNING = (
     "freeze-inputs",
+    "inline-functions",
     "lift-constants",
     "upgrade-opset",
     "infer-shapes",
     "fold-shapes",
     "fold-constants",
+    "drop-zero-states",
     "drop-identity",
     "drop-no-ops",
+    "split-before-transpose",
+    "merge-reshapes",
     "fuse-batch-norm",
     _REMOVAL,
     "drop-dead-nodes",

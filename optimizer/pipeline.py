@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx_ir as ir
 
+from edgewise.optimizer.bisection import replay
 from edgewise.optimizer.comparison import relative
-from edgewise.passes.base import Contract, Pass, PassError
+from edgewise.passes.base import Contract, Pass, PassError, graphs_of
 from edgewise.passes.verify import Signature, check
 from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import Evaluator, Feed
@@ -21,7 +22,7 @@ from edgewise.runtime.session import weight_bytes
 _TOLERANCES = ((ir.DataType.BFLOAT16, 1e-1), (ir.DataType.FLOAT16, 2e-2))
 _TOLERANCE = 1e-4
 _RANDOM = 0.1  # no rounding moves an output by a tenth of its largest value
-_MAX_ROUNDS = 5  # a chain that still edits in its fifth round is fighting itself
+_MAX_ROUNDS = 10  # a chain that still edits in its tenth round is fighting itself
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done and the steps in all."""
@@ -125,38 +126,44 @@ def run_step(
     step: Pass,
     reference: Reference,
     *,
-    copy: ir.Model | None = None,
     judge: Judge | None = None,
     strict: bool = False,
 ) -> tuple[ir.Model, StepReport]:
-    """Apply one pass to `model`, which is left as it was; give back the model to go on with.
+    """Apply one pass to a copy of `model`, which is left as it was; give back the model to go on with.
 
-    The pass works on `copy`, by default a new one, which afterwards is the model given back, or spoilt, or
-    as it was if the status is "no change". An exact pass is held to the reference's outputs, a lossy one to
-    `judge`. With `strict` an exception that no pass should raise is raised again, instead of being rolled
-    back and named.
+    An exact pass is held to the reference's outputs, a lossy one to `judge`. With `strict` an exception that
+    no pass should raise is raised again, instead of being rolled back and named.
     """
+    candidate = model.clone()
+    report = _attempt(candidate, step, reference, judge=judge, strict=strict)
+    kept = candidate if report.status == "applied" else model
+    nodes, bytes_ = _size(kept)
+    return kept, replace(report, nodes=nodes, bytes=bytes_)
+
+
+def _attempt(
+    model: ir.Model, step: Pass, reference: Reference, *, judge: Judge | None, strict: bool
+) -> StepReport:
+    """Apply one pass to `model` itself, which is spoilt if the status is "rolled back"."""
     start = time.perf_counter()
-    candidate = model.clone() if copy is None else copy
     edits, refused, error, score, reason = 0, {}, None, None, ""
     try:
-        outcome = step.apply(candidate)
+        outcome = step.apply(model)
         edits, refused = outcome.edits, dict(outcome.refused)
         if edits:
-            check(candidate, reference.signature)
+            check(model, reference.signature)
             if step.contract is Contract.EXACT:
-                error = reference.require_exact(candidate)
+                error = reference.require_exact(model)
             else:
-                error = reference.error_of(candidate)  # it runs, at least
-                score = None if judge is None else judge(candidate)
+                error = reference.error_of(model)  # it runs, at least
+                score = None if judge is None else judge(model)
     except (PassError, EdgewiseError) as breach:
         reason = str(breach)
     except Exception as bug:  # a defect of one pass must not cost the user the job
         if strict:
             raise
         reason = f"defect in {step.name}: {type(bug).__name__}: {bug}"
-    kept = candidate if edits and not reason else model
-    return kept, StepReport(
+    return StepReport(
         step=step.spec,
         contract=step.contract.value,
         status="rolled back" if reason else "applied" if edits else "no change",
@@ -165,10 +172,13 @@ def run_step(
         error=error,
         score=score,
         seconds=time.perf_counter() - start,
-        nodes=sum(1 for _ in kept.graph.all_nodes()),
-        bytes=weight_bytes(kept),
         reason=" ".join(reason.split()),
     )
+
+
+def _size(model: ir.Model) -> tuple[int, int]:
+    """The nodes of a model and the bytes of its weights."""
+    return sum(map(len, graphs_of(model))), weight_bytes(model)
 
 
 def run_passes(
@@ -181,33 +191,39 @@ def run_passes(
 ) -> tuple[ir.Model, tuple[StepReport, ...]]:
     """Run a chain of exact passes again and again until none edits; `model` is left as it was.
 
-    A pass that was rolled back is not tried again, nor is one that found nothing in this very graph. After
-    the first round only what changed is told.
+    A round ends early at a pass that `waits` for those before it. A pass that was rolled back is not tried
+    again, nor is one that found nothing while no edit since `helps` it. Of a pass that found nothing before,
+    only what changed is told.
     """
     steps: list[StepReport] = []
     banned: set[Pass] = set()
     idle: set[Pass] = set()
-    """Those that found nothing since the last edit."""
-    copy = None
+    """Those that would find nothing now."""
+    run: list[Pass] = []
+    """Those that `current` went through, which are run again to undo what another one spoilt."""
+    current, (nodes, bytes_) = model.clone(), _size(model)
     for round_ in range(_MAX_ROUNDS):
         edited = False
         for done, step in enumerate(chain):
             progress(f"round {round_ + 1}: {step.name}", done, len(chain))
             if step in banned or step in idle:
                 continue
-            copy = model.clone() if copy is None else copy
-            model, report = run_step(model, step, reference, copy=copy, strict=strict)
-            copy = copy if report.status == "no change" else None
+            if step.waits and edited and round_ < _MAX_ROUNDS // 2:
+                break
+            report = _attempt(current, step, reference, judge=None, strict=strict)
             if report.status == "applied":
-                edited = True
-                idle.clear()
+                edited, (nodes, bytes_) = True, _size(current)
+                idle = {other for other in idle if step.helps is not None and other.name not in step.helps}
             elif report.status == "rolled back":
                 banned.add(step)
+                current = replay(model, run)
             else:
                 idle.add(step)
-            if round_ == 0 or report.status != "no change":
-                steps.append(report)
+            if report.status != "no change" or step not in run:
+                steps.append(replace(report, nodes=nodes, bytes=bytes_))
+            if report.status != "rolled back":
+                run.append(step)
         progress(f"round {round_ + 1}", len(chain), len(chain))
         if not edited:
             break
-    return model, tuple(steps)
+    return current, tuple(steps)

@@ -15,6 +15,7 @@ from edgewise.passes.drop_default_attributes import DropDefaultAttributes
 from edgewise.passes.drop_identity import DropIdentity
 from edgewise.passes.drop_impossible_branches import DropImpossibleBranches
 from edgewise.passes.drop_no_ops import DropNoOps
+from edgewise.passes.drop_zero_states import DropZeroStates
 from edgewise.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from edgewise.passes.fix_dimensions import FixDimensions
 from edgewise.passes.fold_constant_channels import FoldConstantChannels
@@ -68,6 +69,7 @@ _ALL: tuple[type[Pass], ...] = (
     UnrollLoop,
     DropIdentity,
     DropNoOps,
+    DropZeroStates,
     SplitBeforeTranspose,
     MergeReshapes,
     MergeTransposes,
@@ -114,6 +116,7 @@ EXACT_CHAIN: tuple[str, ...] = (
     "infer-shapes",  # folding and removing channels need shapes
     "fold-shapes",  # arithmetic on known dimensions becomes constants
     "fold-constants",
+    "drop-zero-states",  # which keep every unit of a recurrent layer
     "drop-impossible-branches",
     "inline-if",  # once conditions are constants
     "unroll-loop",  # and trip counts

@@ -50,6 +50,10 @@ class Pass(ABC):
     contract: ClassVar[Contract] = Contract.EXACT
     keeps_signature: ClassVar[bool] = True
     """Whether inputs and outputs stay as they are; the others run only where a person asked for them."""
+    waits: ClassVar[bool] = False
+    """Whether it is so slow that a chain gets to it only once the passes before it find nothing more."""
+    helps: ClassVar[tuple[str, ...] | None] = None
+    """The passes that may find more after an edit of this one; None for all."""
 
     @abstractmethod
     def apply(self, model: ir.Model) -> Outcome:
@@ -89,6 +93,19 @@ def _fits(value: object, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
+def graphs_of(model: ir.Model) -> list[ir.Graph]:
+    """The model's graph and those below it, from the outside in, as `model.graphs()` gives them, but fast."""
+    found = [model.graph]
+    for graph in found:
+        for node in graph:
+            for attr in node.attributes.values():
+                if attr.type == ir.AttributeType.GRAPH and not attr.is_ref():
+                    found.append(attr.value)
+                elif attr.type == ir.AttributeType.GRAPHS and not attr.is_ref():
+                    found.extend(attr.value)
+    return found
+
+
 @dataclass(frozen=True)
 class Rule(Pass):
     """A pass that looks at one node at a time, at those of `op_types` only, to a fixed point.
@@ -115,7 +132,7 @@ class Rule(Pass):
     def _sweep(self, model: ir.Model) -> tuple[int, Counter[str]]:
         """Visit every matching node once, subgraphs included."""
         done, refused = 0, Counter[str]()
-        for graph in list(model.graphs()):
+        for graph in graphs_of(model):
             for node in [n for n in graph if n.op_type in self.op_types and n.domain == ""]:
                 if node.graph is None:  # an earlier rewrite of this sweep removed it
                     continue

@@ -74,11 +74,11 @@ class Bounds:
     """
 
     known: dict[Slot, Range] = field(default_factory=dict)
-    mixings: Mapping[ir.Node, Mixing] = field(default_factory=dict)
+    mixings: Mapping[Slot, Mixing] = field(default_factory=dict)
     _read: dict[tuple[ir.Value, int | None], Range | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, graph: ChannelGraph, mixings: Mapping[ir.Node, Mixing]) -> Bounds:
+    def of(cls, graph: ChannelGraph, mixings: Mapping[Slot, Mixing]) -> Bounds:
         """Follow ranges through the graph once, from front to back; `mixings` are its layers."""
         bounds = cls({}, mixings)
         with np.errstate(all="ignore"):
@@ -220,8 +220,8 @@ def _with_zero(inner: Range) -> Range:
 
 def _mixed(view: NodeView, slot: Slot, links: Sequence[Link], bounds: Bounds) -> Range | None:
     """A weighted sum; where padding meets the window, taps see zero, or nothing."""
-    mixing = bounds.mixings[view.node]
-    if slot != mixing.target:
+    mixing = bounds.mixings.get(slot)
+    if mixing is None:
         return None
     part = _rounding(mixing.weight[0, 0].size + 2, _eps(view))  # the products, the offset and the factor
     source = bounds.at(mixing.source)
@@ -269,13 +269,13 @@ def _promising(mixing: Mixing, endless: Mask) -> Indices:
 
     Most layers read what a Relu gives, and few of their filters are of one sign.
     """
-    groups, _, inputs, _ = mixing.weight.shape
-    open_, weight = endless.reshape(groups, inputs).all(0), mixing.weight
+    groups, outputs, inputs, _ = mixing.weight.shape
+    open_ = endless.reshape(groups, inputs).all(0)
     if not open_.any():
-        return np.arange(weight.shape[1])
-    weight = weight if open_.all() else weight[:, :, open_]
-    mixed = (weight.min((2, 3)) < 0) & (weight.max((2, 3)) > 0)
-    return np.flatnonzero(~mixed.all(0))
+        return np.arange(outputs)
+    blocks = (block if open_.all() else block[:, :, open_] for block in mixing.blocks())
+    mixed = [((block.min((2, 3)) < 0) & (block.max((2, 3)) > 0)).all(0) for block in blocks]
+    return np.flatnonzero(~np.concatenate(mixed))
 
 
 def _carried(view: NodeView, slot: Slot, links: Sequence[Link], bounds: Bounds) -> Range | None:

@@ -17,6 +17,7 @@ from edgewise.passes.channel_mixing import Mixing as Mixing
 from edgewise.passes.channel_mixing import is_padded as is_padded
 from edgewise.passes.channel_mixing import mixings, weight_of
 from edgewise.passes.channel_moves import pad_widths
+from edgewise.passes.channel_recurrent import CELLS, STATES, X, zero_units
 from edgewise.passes.channel_rules import MIXERS, POOLS
 from edgewise.passes.channels import ChannelGraph
 from edgewise.passes.graph import attribute
@@ -30,7 +31,7 @@ class Constants:
     """
 
     known: dict[Slot, Floats] = field(default_factory=dict)
-    mixings: dict[ir.Node, Mixing] = field(default_factory=dict)
+    mixings: dict[Slot, Mixing] = field(default_factory=dict)
     bounds: Bounds = field(default_factory=Bounds)
 
     @classmethod
@@ -40,7 +41,7 @@ class Constants:
         constants = cls({}, layers, Bounds.of(graph, layers))
         with np.errstate(all="ignore"):
             for node, coupling in graph.couplings.items():
-                if node.outputs and node.outputs[0].dtype in FORMATS:
+                if any(v.dtype in FORMATS for v in node.outputs):
                     constants._follow(NodeView(node, graph.opset), coupling, graph.home)
         return constants
 
@@ -85,12 +86,10 @@ Rule = Callable[[NodeView, Slot, Sequence[Link], Constants], Floats | None]
 
 def _mixed(view: NodeView, slot: Slot, links: Sequence[Link], known: Constants) -> Floats | None:
     """Along the channels the sum; along an axis that passes through, zeros stay zero."""
-    mixing = known.mixings[view.node]
-    return (
-        mixing.constants(known.at(mixing.source))
-        if slot == mixing.target
-        else _zeros(view, slot, links, known)
-    )
+    mixing = known.mixings.get(slot)
+    if mixing is None:
+        return _zeros(view, slot, links, known)
+    return mixing.constants(known.at(mixing.source))
 
 
 def _carried(view: NodeView, slot: Slot, links: Sequence[Link], known: Constants) -> Floats | None:
@@ -147,6 +146,13 @@ def _instance_norm(view: NodeView, slot: Slot, links: Sequence[Link], known: Con
     return np.where((scale == 0) | (known.at(Slot(view.data(), 1)) == 0), shift, np.nan)
 
 
+def _recurrent(view: NodeView, slot: Slot, links: Sequence[Link], known: Constants) -> Floats:
+    """Only zero is what a state may be at every step, the first included."""
+    states = [known.at(view.slot(i, 2)) for i in STATES if view.input(i) is not None]
+    begun = np.where(np.all([state == 0 for state in states], axis=0), 0.0, np.nan)
+    return zero_units(view, known.at(view.slot(X, 2)), begun)
+
+
 def _computed(view: NodeView, slot: Slot, links: Sequence[Link], known: Constants) -> Floats | None:
     """The function of an elementwise operator on what is known of its operands."""
     if all(link.a.use is None and link.a not in known.known for link in links):
@@ -180,6 +186,7 @@ CONSTANTS: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys((*_CARRIERS, *POOLS), _carried),
         **dict.fromkeys(_SUMMERS, _zeros),
         **dict.fromkeys(MIXERS, _mixed),
+        **dict.fromkeys(CELLS, _recurrent),
         "AveragePool": _average_pool,
         "BatchNormalization": _batch_norm,
         "InstanceNormalization": _instance_norm,

@@ -50,7 +50,7 @@ class Copies:
     A slot of which no index is like another is not in `known`.
     """
 
-    layers: Mapping[ir.Node, Mixing]
+    layers: Mapping[Slot, Mixing]
     known: dict[Slot, Alike] = field(default_factory=dict)
 
     @classmethod
@@ -124,8 +124,8 @@ def _mixed(view: NodeView, slot: Slot, links: Sequence[Link], copies: Copies) ->
     Weights may be many, and rows that are alike are few: so all rows are compared by a few weights, and
     as a whole only those that these do not tell apart.
     """
-    layer = copies.layers[view.node]
-    if slot != layer.target:
+    layer = copies.layers.get(slot)
+    if layer is None:
         return _moved(view, slot, links, copies)
     groups, outputs = layer.weight.shape[:2]
     read = _groups(copies.known.get(layer.source), groups)

@@ -21,6 +21,7 @@ from edgewise.passes.channel_links import (
     is_wide,
     op_types,
 )
+from edgewise.passes.channel_recurrent import CELLS, recurrent
 from edgewise.passes.graph import attribute, constant_of
 from edgewise.passes.linear import set_constant
 
@@ -257,6 +258,7 @@ RULES: Mapping[str, CouplingRule] = MappingProxyType(
         **dict.fromkeys(POOLS, _pool),
         **dict.fromkeys(REDUCTIONS, _reduction),
         **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), _before_axis),
+        **dict.fromkeys(CELLS, recurrent),
         "BatchNormalization": _batch_norm,
         "Dropout": _dropout,
         "InstanceNormalization": lambda view: _normalized(view, 2),

@@ -13,6 +13,8 @@ from edgewise.passes.graph import Array, constant_of
 from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Evaluator
 
+_LARGE = 2**20  # bytes: constants above it are inputs, which onnxruntime reads where they lie
+
 
 def compute(model: ir.Model, nodes: Sequence[ir.Node], values: Sequence[ir.Value]) -> list[Array]:
     """The arrays that `values`, which `nodes` compute, always hold.
@@ -24,12 +26,17 @@ def compute(model: ir.Model, nodes: Sequence[ir.Node], values: Sequence[ir.Value
         return []
     copies: dict[ir.Value, ir.Value] = {}
     constants = [_copy_constant(v, copies) for v in _constants(nodes)]
+    large = {v: t for v in constants if (t := v.const_value) is not None and t.nbytes > _LARGE}
     twins = [_copy_node(node, copies) for node in nodes]
     outputs = [copies[v] for v in values]
-    graph = ir.Graph((), outputs, nodes=twins, initializers=constants, name="constants")
+    for value in large:
+        value.const_value = None
+    small = [v for v in constants if v not in large]
+    graph = ir.Graph(list(large), outputs, nodes=twins, initializers=small, name="constants")
     graph.opset_imports.update(model.opset_imports)
     part = ir.Model(graph, ir_version=max(model.ir_version, FIRST_IR_WITH_DEFAULTS))
-    results = Evaluator(part, threads=1, optimize=False).run({})
+    feed = {v.name or "": tensor.numpy() for v, tensor in large.items()}
+    results = Evaluator(part, threads=1, optimize=False).run(feed)
     return [np.asarray(results[v.name or ""]) for v in outputs]
 
 

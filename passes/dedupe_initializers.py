@@ -26,6 +26,7 @@ class DedupeInitializers(Pass):
     """
 
     name = "dedupe-initializers"
+    helps = ("eliminate-common-subexpressions",)
 
     def apply(self, model: ir.Model) -> Outcome:
         kinds = Counter(_kind(v) for graph in model.graphs() for v in _inner(graph))

@@ -28,6 +28,7 @@ class DropDefaultAttributes(Pass):
     """
 
     name = "drop-default-attributes"
+    helps = ("eliminate-common-subexpressions",)
 
     def apply(self, model: ir.Model) -> Outcome:
         version = opset(model)

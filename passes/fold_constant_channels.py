@@ -51,6 +51,7 @@ class FoldConstantChannels(Pass):
     """
 
     name = "fold-constant-channels"
+    waits = True  # and with it the other passes over channels, which come next
     max_growth: int = 1024
 
     def apply(self, model: ir.Model) -> Outcome:

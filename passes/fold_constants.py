@@ -8,12 +8,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
 import onnx_ir as ir
 
-from edgewise.passes.base import Outcome, Pass, Refused
+from edgewise.passes.base import Outcome, Pass, Refused, graphs_of
 from edgewise.passes.compute_ahead import compute, first_failure
 from edgewise.passes.fold_shapes import FoldShapes, substitute
-from edgewise.passes.graph import constant_of, static_shape
+from edgewise.passes.graph import (
+    constant_of,
+    graph_of,
+    new_initializer,
+    new_node,
+    replace,
+    static_shape,
+)
 from edgewise.passes.infer_shapes import infer_shapes
 from edgewise.passes.purity import is_pure
 from edgewise.runtime.errors import InputError
@@ -27,6 +35,7 @@ _TYPES = frozenset(
     {"FLOAT", "FLOAT16", "DOUBLE", "BOOL", "INT8", "INT16", "INT32", "INT64"}
     | {"UINT8", "UINT16", "UINT32", "UINT64"}
 )
+_MOVES = frozenset({"Expand", "Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 _SCRATCH = 2**24  # bytes that a result on the way may take beyond what it is computed from
 _TOO_LARGE = "the result is larger than what it is computed from"
 
@@ -43,6 +52,9 @@ class FoldConstants(Pass):
     All of it is computed in one run of onnxruntime, without graph optimizations. A result stays in the
     file, so it is left to be computed where it would take more than `max_growth` bytes beyond the
     initializers that it makes superfluous. Quantized weights stay quantized.
+
+    Given:   y = Unsqueeze(ConstantOfShape<value = v>(s)), or another operator that only moves elements
+    Result:  y = ConstantOfShape<value = v>(the shape of y), which is of no size
     """
 
     name = "fold-constants"
@@ -57,7 +69,8 @@ class FoldConstants(Pass):
             except Refused as refusal:
                 refused[str(refusal)] += 1
             shapes = FoldShapes().apply(model)
-            done = shapes.edits + self._fold(model, refused)
+            fills = sum(_write_fill(node) for graph in graphs_of(model) for node in list(graph))
+            done = shapes.edits + fills + self._fold(model, refused)
             edits += done
             if not done:
                 return Outcome(edits, MappingProxyType(dict(refused + Counter(shapes.refused))))
@@ -81,6 +94,25 @@ class FoldConstants(Pass):
             substitute(value, array)
         refused[_TOO_LARGE] += too_large + len(allowed) - len(small)
         return len(small)
+
+
+def _write_fill(node: ir.Node) -> bool:
+    """Give a node that only moves the elements of a fill, all the same, a fill of its own shape."""
+    if node.op_type not in _MOVES or node.domain != "" or node.inputs[0] is None:
+        return False
+    out, fill = node.outputs[0], node.inputs[0].producer()
+    shape, array = static_shape(out), constant_of(node.inputs[0])
+    if fill is None or fill.op_type != "ConstantOfShape" or array is None or shape is None:
+        return False
+    if out.is_graph_output():
+        return False
+    sizes = new_initializer(graph_of(node), f"{out.name}.shape", np.array(shape, np.int64))
+    new = new_node(node, "ConstantOfShape", [sizes], hint=f"{out.name}.fill")
+    if (producer := new.producer()) is not None:
+        producer.attributes.update(fill.attributes)
+    new.shape, new.type = out.shape, out.type
+    replace(out, new)
+    return True
 
 
 def _computable(model: ir.Model, refused: Counter[str]) -> Nodes:

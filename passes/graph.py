@@ -47,8 +47,8 @@ def _array_of_constant(node: ir.Node | None) -> Array | None:
     (attr,) = node.attributes.values()
     if attr.is_ref():
         return None
-    if attr.name == "value" and attr.as_tensor().dtype != ir.DataType.STRING:
-        return _read_only(attr.as_tensor().numpy())
+    if attr.name == "value":  # `as_tensor` looks at everything that a tensor has to have, which is slow
+        return None if attr.value.dtype == ir.DataType.STRING else _read_only(attr.value.numpy())
     dtype = _DTYPES_OF_CONSTANT.get(attr.name)
     return None if dtype is None else _read_only(np.array(attr.value, dtype))
 
@@ -58,7 +58,7 @@ def _array_of_fill(node: ir.Node) -> Array | None:
     shape, attr = constant_of(node.inputs[0]), node.attributes.get("value")
     if shape is None or (attr is not None and attr.is_ref()):
         return None
-    number = np.zeros(1, np.float32) if attr is None else attr.as_tensor().numpy()
+    number = np.zeros(1, np.float32) if attr is None else attr.value.numpy()
     return np.broadcast_to(number.reshape(()), tuple(shape.tolist()))
 
 
@@ -142,7 +142,7 @@ def move_initializers(source: ir.Graph, target: ir.Graph) -> None:
 def new_initializer(graph: ir.Graph, hint: str, array: Array) -> ir.Value:
     """Register `array` as an initializer of `graph` under a name that is free."""
     name = unique_name(graph, hint)
-    tensor = ir.tensor(np.asarray(array, order="C"), name=name)  # ascontiguousarray makes scalars vectors
+    tensor = ir.Tensor(np.asarray(array, order="C"), name=name)  # ascontiguousarray makes scalars vectors
     shape = ir.Shape(array.shape)
     value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)

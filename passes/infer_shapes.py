@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import onnx
 import onnx_ir as ir
 
-from edgewise.passes.base import Outcome, Pass, Refused
+from edgewise.passes.base import Outcome, Pass, Refused, graphs_of
 from edgewise.passes.graph import opset
 
 _SMALL = 4096  # bytes: what may be a shape, a list of axes or of scales; anything larger is only data
@@ -36,51 +35,83 @@ def infer_shapes(model: ir.Model) -> int:
     one there. Values that shapes are computed from are followed through the graph. Returns how many
     values changed; raises `Refused`, with the model as it was, where the model contradicts itself.
     """
-    inferred = _inferred(model)
-    changed = 0
-    for graph, twin in zip(model.graphs(), inferred.graphs(), strict=True):
-        known = {v.name: v for v in _results(twin)}
-        for value in _results(graph):
-            if value.name and not (graph is model.graph and value.is_graph_output()):
-                changed += _learn(value, known[value.name])
-    return changed
-
-
-def _inferred(model: ir.Model) -> ir.Model:
-    """A skeleton of the model, without its large weights, after inference."""
-    skeleton = model.clone()
-    for graph in skeleton.graphs():
-        _forget(graph)
-        for node in graph:  # onnx stops at a domain that is not imported, onnxruntime does not
-            skeleton.opset_imports.setdefault(node.domain, opset(model) if node.domain == "" else 1)
-    _drop_numbers(skeleton.graph)
     try:
         # Not strict: an operator that inference cannot handle leaves its outputs unknown, no more.
-        proto = onnx.shape_inference.infer_shapes(ir.to_proto(skeleton), data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         raise Refused("onnx's shape inference cannot read the model") from error
-    return ir.from_proto(proto)
+    return _learn(model.graph, inferred.graph, frozenset(model.graph.outputs))
 
 
-def _results(graph: ir.Graph) -> Iterator[ir.Value]:
-    return (value for node in graph for value in node.outputs)
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    """What inference has to read of a model: no large weights, no metadata, no shape that it will find."""
+    domains = dict(model.opset_imports)
+    for graph in graphs_of(model):
+        for node in graph:  # onnx stops at a domain that is not imported, onnxruntime does not
+            domains.setdefault(node.domain, opset(model) if node.domain == "" else 1)
+    return onnx.ModelProto(
+        ir_version=model.ir_version,
+        opset_import=[onnx.helper.make_opsetid(domain, version) for domain, version in domains.items()],
+        graph=_graph(model.graph),
+        functions=[ir.serde.serialize_function(function) for function in model.functions.values()],
+    )
 
 
-def _forget(graph: ir.Graph) -> None:
-    """Drop what is noted beside the outputs of standard operators, and dimensions that say nothing."""
-    for value in graph.inputs:
-        value.shape = _without_nonsense(value.shape)
+def _graph(graph: ir.Graph) -> onnx.GraphProto:
+    proto = onnx.GraphProto(name=graph.name or "graph")
+    proto.input.extend(_note(v, v.shape) for v in graph.inputs if v.const_value is None)
+    for weight in graph.initializers.values():
+        _add_weight(proto, weight)
     for node in graph:
-        for value in node.outputs:
-            value.shape = None if node.domain == "" else _without_nonsense(value.shape)
-            if node.domain == "" and not value.is_graph_output():
-                value.type = None
+        _add_node(proto.node.add(), node)
+        if node.domain != "":
+            proto.value_info.extend(_note(v, v.shape) for v in node.outputs if v.name and v.type)
+    for value in graph.outputs:
+        producer = value.producer()
+        found = producer is not None and producer.domain == ""
+        proto.output.append(_note(value, None if found else value.shape))
+    return proto
 
 
-def _without_nonsense(shape: ir.Shape | None) -> ir.Shape | None:
+def _add_weight(proto: onnx.GraphProto, value: ir.Value) -> None:
+    """Write a small weight down, as others may be computed from it, and of a large one what it is."""
+    name, tensor = value.name, value.const_value
+    if name is None or tensor is None:
+        return
+    proto.input.append(onnx.helper.make_tensor_value_info(name, tensor.dtype, tensor.shape.numpy()))
+    if tensor.nbytes <= _SMALL:
+        inside = ir.tensor(tensor.numpy()) if isinstance(tensor, ir.ExternalTensor) else tensor
+        ir.serde.serialize_tensor_into(proto.initializer.add(), inside)
+        proto.initializer[-1].name = name
+
+
+def _add_node(proto: onnx.NodeProto, node: ir.Node) -> None:
+    proto.op_type, proto.domain, proto.overload = node.op_type, node.domain, node.overload
+    proto.input.extend("" if v is None else v.name or "" for v in node.inputs)
+    proto.output.extend(v.name or "" for v in node.outputs)
+    while proto.output and not proto.output[-1]:
+        proto.output.pop()
+    for attr in node.attributes.values():
+        if attr.is_ref():
+            proto.attribute.append(ir.serde.serialize_reference_attribute(attr))
+        elif attr.type == ir.AttributeType.GRAPH:
+            proto.attribute.add(name=attr.name, type=attr.type.value, g=_graph(attr.as_graph()))
+        else:
+            ir.serde.serialize_attribute_into(proto.attribute.add(), attr)
+
+
+def _note(value: ir.Value, shape: ir.Shape | None) -> onnx.ValueInfoProto:
+    """What is noted beside a value, with this shape."""
+    proto = onnx.ValueInfoProto(name=value.name or "")
+    if value.type is not None:
+        ir.serde.serialize_type_into(proto.type, value.type)
+        if shape is not None:
+            ir.serde.serialize_shape_into(proto.type, _without_nonsense(shape))
+    return proto
+
+
+def _without_nonsense(shape: ir.Shape) -> ir.Shape:
     """The shape with no name for dimensions that are called -1 or "?": two of those need not be equal."""
-    if shape is None:
-        return None
     return ir.Shape([d if _is_meant(d) else None for d in shape])
 
 
@@ -96,27 +127,28 @@ def symbol_of(dim: int | ir.SymbolicDim) -> str | None:
     return name
 
 
-def _drop_numbers(graph: ir.Graph) -> None:
-    """Turn large weights into inputs of their type and shape, and read the small ones from their files."""
-    for name, value in list(graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None:
-            continue
-        value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-        if tensor.nbytes > _SMALL:
-            graph.initializers.pop(name)
-            if not value.is_graph_input():
-                graph.inputs.append(value)
-            value.const_value = None
-        elif isinstance(tensor, ir.ExternalTensor):
-            value.const_value = ir.tensor(tensor.numpy(), name=name)
+def _learn(graph: ir.Graph, twin: onnx.GraphProto, fixed: frozenset[ir.Value]) -> int:
+    """Take over what inference knows of the values in and below a graph; of how many that is news."""
+    notes = {note.name: note.type for note in (*twin.value_info, *twin.output)}
+    news = 0
+    for node, proto in zip(graph, twin.node, strict=True):
+        bodies = {attr.name: attr.g for attr in proto.attribute if attr.HasField("g")}
+        news += sum(_learn(node.attributes[name].as_graph(), body, fixed) for name, body in bodies.items())
+        for value in node.outputs:
+            if value.name in notes and value not in fixed:
+                news += _take_over(value, notes[value.name])
+    return news
 
 
-def _learn(value: ir.Value, twin: ir.Value) -> bool:
-    """Take over what inference knows of a value; whether that is news."""
+def _take_over(value: ir.Value, note: onnx.TypeProto) -> bool:
+    """Give a value the type and shape that are noted; whether that is news."""
+    kind, shape = (
+        ir.serde.deserialize_type_proto_for_type(note),
+        ir.serde.deserialize_type_proto_for_shape(note),
+    )
     news = False
-    if twin.type is not None and value.type != twin.type:
-        value.type, news = twin.type, True
-    if twin.shape is not None and value.shape != twin.shape:
-        value.shape, news = twin.shape, True
+    if kind is not None and value.type != kind:
+        value.type, news = kind, True
+    if shape is not None and value.shape != shape:
+        value.shape, news = shape, True
     return news

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from edgewise.passes.base import Refused
 from edgewise.passes.graph import Array, attribute, constant_of, only_user
 
 FLOATS = (np.float16, np.float32, np.float64)
+_PIECE = 2**22  # numbers
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -201,7 +202,7 @@ def _read(node: ir.Node, tail: ir.Node) -> Linear:
     given = tail.inputs[index] if index < len(tail.inputs) else None
     if "broadcast" in node.attributes or "broadcast" in tail.attributes:
         raise Refused("broadcasting of an opset before 7")
-    canonical = _canonical(node, weight.astype(np.float64))
+    canonical = _canonical(node, weight)
     outputs = canonical.shape[0] * canonical.shape[1]
     if given is None:
         return Linear(node, tail, canonical, np.zeros(outputs))
@@ -228,15 +229,17 @@ def _constant(value: ir.Value | None, role: str) -> Array:
 
 
 def _canonical(node: ir.Node, weight: Array) -> Array:
-    """The weight as [group, output of the group, input of the group, tap]."""
+    """The weight as float64 [group, output of the group, input of the group, tap]."""
     if node.op_type in ("Gemm", "MatMul"):
         if weight.ndim != 2:
             raise Refused("weight is not a matrix")
         matrix = weight if attribute(node, "transB", 0) else weight.T
-        canonical: Array = matrix[np.newaxis, :, :, np.newaxis] * attribute(node, "alpha", 1.0)
+        alpha = np.float64(attribute(node, "alpha", 1.0))
+        canonical: Array = matrix[np.newaxis, :, :, np.newaxis] * alpha
         return canonical
     groups, taps = int(attribute(node, "group", 1)), int(np.prod(weight.shape[2:]))
-    grouped = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], taps)
+    wide = weight.astype(np.float64)
+    grouped = wide.reshape(groups, weight.shape[0] // groups, weight.shape[1], taps)
     return grouped.swapaxes(1, 2) if node.op_type == "ConvTranspose" else grouped
 
 
@@ -268,9 +271,18 @@ def narrow(array: Array, dtype: np.dtype[Any]) -> Array:
         narrowed = array.astype(dtype)
     if not np.isfinite(narrowed).all():
         raise Refused("folded weights would overflow")
-    if np.linalg.norm(narrowed - array) > np.finfo(dtype).eps * np.linalg.norm(array):
+    pieces = zip(_pieces(narrowed), _pieces(array), strict=True)
+    lost = np.linalg.norm([np.linalg.norm(after - before) for after, before in pieces])
+    if lost > np.finfo(dtype).eps * np.linalg.norm(array):
         raise Refused("folded weights would lose precision")
     return narrowed
+
+
+def _pieces(array: Array) -> Iterator[Array]:
+    """Some rows at a time: what is computed from them stays small."""
+    rows = np.atleast_1d(array)
+    step = max(1, _PIECE // max(1, rows[:1].size))
+    return (rows[start : start + step] for start in range(0, len(rows), step))
 
 
 def set_constant(node: ir.Node, index: int, array: Array, role: str) -> None:

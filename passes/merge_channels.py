@@ -19,8 +19,13 @@ from edgewise.passes.channels import ChannelGraph, ChannelGroup, Cuts
 from edgewise.passes.graph import constant_of, opset
 from edgewise.passes.linear import set_constant
 
+Places = tuple[Indices, Indices]
+"""Inputs of a layer, by the group and the place in it."""
+
 Sum = tuple[Slot, Array]
 """The axis of a weight along which it reads channels, and the whole weight after columns were added up."""
+
+_BLOCK = 2**22  # weights that are added up in one go: their copies in double precision stay small
 
 
 @dataclass(frozen=True)
@@ -149,12 +154,12 @@ def _carry_out(plan: _Plan) -> int:
 
 def _sums(plan: _Plan) -> Iterator[Sum]:
     """The new weight of every layer that reads a channel that leaves."""
-    for node, layer in plan.copies.layers.items():
+    for layer in plan.copies.layers.values():
         group = plan.graph.home[layer.source]
         if plan.cuts[group][group.members[layer.source]].any() and not _is_depthwise(layer):
-            links = plan.graph.couplings[node].links
+            view, links = NodeView(layer.node, plan.graph.opset), plan.graph.couplings[layer.node].links
             found = (k.a for k in links if k.b == layer.source and k.a.use is not None)
-            slot = next(found, NodeView(node, plan.graph.opset).slot(1, 1))  # a grouped Conv links no axis
+            slot = next(found, view.slot(1, 1))  # a grouped Conv links no axis
             yield slot, _sum(plan, layer, slot)
 
 
@@ -167,15 +172,24 @@ def _sum(plan: _Plan, layer: Mixing, slot: Slot) -> Array:
     weight = constant_of(slot.value)
     assert weight is not None  # it is one of the layers that were analysed
     groups, _, inputs, _ = layer.weight.shape
-    wide = np.array(weight, np.float64, order="C")
-    columns = np.moveaxis(wide.reshape(groups, -1, *wide.shape[1:]), 1 + slot.axis, 1)
+    changed = np.array(weight, order="C")
+    columns = np.moveaxis(changed.reshape(groups, -1, *changed.shape[1:]), 1 + slot.axis, 1)
     ratio = (factors[gone] / factors[stay]).reshape(-1, *[1] * (columns.ndim - 2))
-    np.add.at(columns, np.divmod(stay, inputs), ratio * columns[np.divmod(gone, inputs)])
+    step = max(1, _BLOCK // columns[:, :, :1].size)
+    for start in range(0, columns.shape[2], step):
+        _add_up(columns[:, :, start : start + step], np.divmod(gone, inputs), np.divmod(stay, inputs), ratio)
+    return changed
+
+
+def _add_up(columns: Array, gone: Places, stay: Places, ratio: Array) -> None:
+    """Add what leaves to what stays for it, in double precision; `Refused` where a sum is too large."""
+    wide = columns.astype(np.float64)
+    np.add.at(wide, stay, ratio * wide[gone])
     with np.errstate(over="ignore"):
-        narrow = wide.astype(weight.dtype)
+        narrow = wide.astype(columns.dtype)
     if not np.isfinite(narrow[np.isfinite(wide)]).all():
         raise Refused("merged weights would overflow")
-    return narrow
+    columns[...] = narrow
 
 
 def _can_hold(value: ir.Value, sums: list[Sum]) -> bool:

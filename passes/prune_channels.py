@@ -14,6 +14,7 @@ import onnx_ir as ir
 from edgewise.passes.base import Outcome, Pass
 from edgewise.passes.channel_constants import Constants, Floats, Mixing
 from edgewise.passes.channel_links import Array, Indices
+from edgewise.passes.channel_recurrent import CELLS, add_to_bias
 from edgewise.passes.channels import ChannelGraph, ChannelGroup, Cuts, Mask, channel_graphs
 from edgewise.passes.graph import (
     attribute,
@@ -194,7 +195,10 @@ def _add_to_column(node: ir.Node, position: int, column: Floats) -> None:
 
 
 def _add_offset(node: ir.Node, offset: Floats) -> None:
-    """Add a number per channel to what a Conv, Gemm or MatMul gives."""
+    """Add a number per channel to what a Conv, Gemm or MatMul gives, or to the gates of a recurrent layer."""
+    if node.op_type in CELLS:
+        add_to_bias(node, offset)
+        return
     if node.op_type == "MatMul":
         _add_behind(node, offset)
         return

@@ -33,6 +33,7 @@ class WriteFills(Pass):
     """
 
     name = "write-fills"
+    helps = ("eliminate-common-subexpressions", "dedupe-initializers")
     over: int = 4096
 
     def apply(self, model: ir.Model) -> Outcome:

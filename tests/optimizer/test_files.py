@@ -54,6 +54,15 @@ def short_data(path: Path) -> None:
     cut(path.parent / "net.data", 0.5)
 
 
+def long_data(path: Path) -> None:
+    """A tensor that is said to go on where the next one begins."""
+    external(path)
+    proto = onnx.load(path, load_external_data=False)
+    (entry,) = [e for e in proto.graph.initializer[0].external_data if e.key == "length"]
+    entry.value = str(int(entry.value) + 4)
+    onnx.save(proto, path)
+
+
 def folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -71,6 +80,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "truncated early": (lambda p: cut(p, 0.02), "no ONNX model"),
     "external data missing": (missing_data, "net.data is missing"),
     "external data short": (short_data, "ends before tensor"),
+    "external data of another length": (long_data, "bytes of external data"),
     "external data above": (lambda p: external(p, "../net.data"), "outside the model's folder"),
     "external data absolute": (lambda p: external(p, "/etc/passwd"), "outside the model's folder"),
     "NaN weight": (lambda p: poison(p, "conv_w", np.nan), "'conv_w' holds NaN"),

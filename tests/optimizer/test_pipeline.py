@@ -213,9 +213,71 @@ def test_a_pass_is_not_asked_twice_about_the_same_graph(
     assert len(asked) == calls
 
 
+@dataclass(frozen=True)
+class Counted(Pass):
+    """Says that it edited as often as `left` says, which is one number for each call, and 0 after those."""
+
+    name: ClassVar[str] = "counted"
+    key: str = ""
+
+    def apply(self, model: ir.Model) -> Outcome:
+        CALLS.append(self.key)
+        return Outcome(LEFT[self.key].pop(0) if LEFT.get(self.key) else 0)
+
+
+@dataclass(frozen=True)
+class Waiting(Counted):
+    name: ClassVar[str] = "waiting"
+    waits: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Helping(Counted):
+    name: ClassVar[str] = "helping"
+    helps: ClassVar[tuple[str, ...] | None] = ("waiting",)
+
+
+CALLS: list[str] = []
+LEFT: dict[str, list[int]] = {}
+
+
+def asked(model: ir.Model, chain: list[Pass], reference: Reference, **left: list[int]) -> str:
+    """The passes in the order in which they were asked, with the edits that each claims at each call."""
+    CALLS.clear()
+    LEFT.clear()
+    LEFT.update(left)
+    run_passes(model, chain, reference)
+    return "".join(CALLS)
+
+
+def test_a_slow_pass_waits_until_those_before_it_find_nothing(model: ir.Model, reference: Reference) -> None:
+    chain = [Counted("a"), Waiting("w"), Counted("z")]
+    assert asked(model, chain, reference, a=[1, 1]) == "aaawz"
+    assert asked(model, chain, reference, w=[1]) == "awzaw"
+
+
+def test_a_slow_pass_does_not_wait_for_ever(model: ir.Model, reference: Reference) -> None:
+    assert "w" in asked(model, [Counted("a"), Waiting("w")], reference, a=[1] * 99)
+
+
+def test_an_edit_wakes_the_passes_that_it_helps(model: ir.Model, reference: Reference) -> None:
+    chain = [Counted("a"), Waiting("w"), Helping("h")]
+    assert asked(model, chain, reference, h=[1]) == "awhwh"
+    assert asked(model, [*chain, Counted("z")], reference, z=[1]) == "awhzawhz"
+
+
+def test_what_was_spoilt_is_made_again(model: ir.Model, reference: Reference) -> None:
+    """The edits before the one that is rolled back are still there, and what comes next goes on."""
+    made, steps = run_passes(model, [DropIdentity(), Step(renamed), Counted("z")], reference)
+    assert [s.status for s in steps] == ["applied", "rolled back", "no change"]
+    assert "Identity" not in {n.op_type for n in made.graph}
+    assert [v.name for v in made.graph.inputs] == [v.name for v in model.graph.inputs]
+    assert steps[1].nodes == steps[0].nodes
+
+
 def test_a_chain_that_never_settles_ends(model: ir.Model, reference: Reference) -> None:
     _, steps = run_passes(model, [Step()], reference)
-    assert len(steps) == 5
+    assert len(steps) == 10
 
 
 def test_the_input_model_is_left_alone(model: ir.Model, reference: Reference) -> None:

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from rewrites import build
 
+from edgewise.passes import compute_ahead
 from edgewise.passes.compute_ahead import compute, first_failure
 from edgewise.runtime.errors import InputError
 
@@ -17,7 +18,10 @@ def nodes_of(model: ir.Model, count: int) -> list[ir.Node]:
     return list(model.graph)[:count]
 
 
-def test_values_in_the_order_asked_for() -> None:
+@pytest.mark.parametrize("large", [0, 2**20])
+def test_values_in_the_order_asked_for(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large constants go to onnxruntime another way than small ones."""
+    monkeypatch.setattr(compute_ahead, "_LARGE", large)
     text = (
         "g (float[2, 2] x) => (float[2, 2] y) { a = Neg(w) b = Transpose(a) s = Shape(b) y = Sum(x, a, b) }"
     )

@@ -97,6 +97,33 @@ def test_amounts_computed_from_shapes() -> None:
     np.testing.assert_array_equal(constants(after)["amounts"], [0, 0, 2, 0, 0, 0, 3, 1])
 
 
+@pytest.mark.parametrize(
+    ("move", "weights"),
+    [
+        ("m = Unsqueeze(a, axes)", {"axes": np.int64([1, 2])}),
+        ("m = Reshape(a, axes)", {"axes": np.int64([-1, 1, 1])}),
+        ("b = Unsqueeze(a, axes) m = Transpose<perm = [1, 0, 2]>(b)", {"axes": np.int64([0, 2])}),
+        ("m = Expand(a, axes)", {"axes": np.int64([2000, 3, 600])}),
+    ],
+)
+def test_a_large_fill_that_is_moved_is_a_fill(move: str, weights: dict[str, np.ndarray]) -> None:
+    """Its numbers would take more room than the shape they are made from."""
+    body = f"a = ConstantOfShape<value = float[1] {{0.5}}>(s) {move} y = Mul(x, m)"
+    model = build(f"g (float[1, 3, 600] x) => (float[A, B, C] y) {{ {body} }}", s=np.int64([600]), **weights)
+    after, _ = folded(model)
+    assert operators(after) == ["ConstantOfShape", "Mul"]
+    fill = after.graph.node(0).outputs[0]
+    assert constant_of(fill) is not None
+    assert fill.shape == constant_of(fill).shape
+
+
+def test_a_moved_fill_of_unknown_shape_stays() -> None:
+    body = "a = ConstantOfShape<value = float[1] {0.5}>(s) m = Reshape(a, t) y = Add(m, m)"
+    model = build(f"g (int64[2] t) => (float[A, B] y) {{ {body} }}", s=np.int64([600]))
+    after, _ = folded(model, feed={"t": np.int64([-1, 3])})
+    assert operators(after) == ["ConstantOfShape", "Reshape", "Add"]
+
+
 def test_shapes_that_only_follow_from_folded_ones() -> None:
     """The grid is as large as a dimension says, which says how large the next one is."""
     body = (

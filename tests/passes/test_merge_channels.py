@@ -15,6 +15,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from rewrites import ConvCase, assert_equal, build, constants, convolutions, operators, refusal, rewritten
 from zeroed_nets import BUILDERS, PIXELS, Zeroed
 
+from edgewise.passes import merge_channels
 from edgewise.passes.channel_copies import Copies
 from edgewise.passes.channel_links import Slot
 from edgewise.passes.channel_mixing import mixings
@@ -22,6 +23,7 @@ from edgewise.passes.channels import ChannelGraph
 from edgewise.passes.graph import attribute
 from edgewise.passes.merge_channels import MergeChannels
 from edgewise.runtime.evaluate import Array, Evaluator, input_specs, seeded_feed
+from edgewise.runtime.session import serialize
 
 PASS = MergeChannels()
 RNG = np.random.default_rng(0)
@@ -528,7 +530,8 @@ def widened(model: ir.Model) -> ir.Model:
     arrays = {value: constants(wide)[name] for name, value in wide.graph.initializers.items()}
     for slot in (slot for group in groups for slot in group.members if slot.use is not None):
         arrays[slot.value] = np.repeat(arrays[slot.value], 2, slot.axis)
-    for node, layer in mixings(graph).items():
+    for layer in mixings(graph).values():
+        node = layer.node
         if graph.home[layer.source] in groups and len(layer.weight) > 1:
             node.attributes["group"] = ir.AttrInt64("group", 2 * len(layer.weight))
         elif graph.home[layer.source] in groups:
@@ -747,3 +750,12 @@ SILENT = {
 @pytest.mark.parametrize("name", SILENT)
 def test_nothing_to_merge(name: str) -> None:
     assert refusal(SILENT[name], PASS) == ""
+
+
+@pytest.mark.parametrize("last", ["y = Conv(b, w2, b2)", "y = ConvTranspose(b, w3)"])
+def test_large_weights_are_added_up_piece_by_piece(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net("b = Relu(a)", last, w3=floats(8, 4, 2, 2))
+    whole, _ = rewritten(model, PASS)
+    monkeypatch.setattr(merge_channels, "_BLOCK", 1)
+    pieces, _ = rewritten(model, PASS)
+    assert serialize(pieces) == serialize(whole)

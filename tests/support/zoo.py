@@ -315,6 +315,21 @@ GRAPHS: Mapping[str, str] = MappingProxyType(
                 t = Mul (a, s)
                 b = Mul (t, p)
             }""",
+        "recurrent": """
+            agraph (float[5, N, 4] x) => (float[5, N, 2] y)
+            <float[1, 24, 4] w, float[1, 24, 6] r, float[1, 48] b, float[1, 1, 6] h_zero, float[6, 2] out>
+            {
+                first = Constant <value_ints = [1]> ()
+                one = Constant <value_ints = [1]> ()
+                six = Constant <value_ints = [6]> ()
+                s = Shape (x)
+                n = Gather (s, first)
+                size = Concat <axis = 0> (one, n, six)
+                h = Expand (h_zero, size)
+                all = LSTM <hidden_size = 6> (x, w, r, b, , h, h)
+                seen = Squeeze (all, first)
+                y = MatMul (seen, out)
+            }""",
         "heads_merged": """
             agraph (float[2, 4, 5, 6] x) => (float[2, 4, 6, 5] y)
             {
