@@ -441,8 +441,8 @@ def _cast(view: NodeView, slot: Slot, links: Sequence[Link], bounds: Bounds) -> 
 
 
 _MOVING = op_types(
-    "Concat DepthToSpace Dropout Flatten Gather Identity MaxPool GlobalMaxPool ReduceMax ReduceMin Reshape "
-    "Slice SpaceToDepth Split Squeeze Transpose Unsqueeze"
+    "Concat DepthToSpace Dropout Expand Flatten Gather Identity MaxPool GlobalMaxPool ReduceMax ReduceMin "
+    "Reshape Slice SpaceToDepth Split Squeeze Transpose Unsqueeze"
 )
 _COMPUTING = op_types(
     "Abs Add Celu Clip Div Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Log Max Mean Min Mish Mul Neg "

@@ -20,7 +20,7 @@ from edgewise.passes.channel_moves import pad_widths
 from edgewise.passes.channel_recurrent import CELLS, STATES, X, zero_units
 from edgewise.passes.channel_rules import MIXERS, POOLS
 from edgewise.passes.channels import ChannelGraph
-from edgewise.passes.graph import attribute
+from edgewise.passes.graph import attribute, constant_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +85,12 @@ Rule = Callable[[NodeView, Slot, Sequence[Link], Constants], Floats | None]
 
 
 def _mixed(view: NodeView, slot: Slot, links: Sequence[Link], known: Constants) -> Floats | None:
-    """Along the channels the sum; along an axis that passes through, zeros stay zero."""
+    """Along the channels the sum; along axes that pass through, zero where any factor of a product is."""
     mixing = known.mixings.get(slot)
-    if mixing is None:
-        return _zeros(view, slot, links, known)
-    return mixing.constants(known.at(mixing.source))
+    if mixing is not None:
+        return mixing.constants(known.at(mixing.source))
+    zero = np.logical_or.reduce([known.at(link.a) == 0 for link in links])
+    return np.where(zero, 0.0, np.nan) if zero.any() else None
 
 
 def _carried(view: NodeView, slot: Slot, links: Sequence[Link], known: Constants) -> Floats | None:
@@ -153,6 +154,22 @@ def _recurrent(view: NodeView, slot: Slot, links: Sequence[Link], known: Constan
     return zero_units(view, known.at(view.slot(X, 2)), begun)
 
 
+def _layer_norm(view: NodeView, slot: Slot, links: Sequence[Link], known: Constants) -> Floats | None:
+    """The shift, where nothing is scaled; of an axis that passes through nothing."""
+    if links:
+        return None
+    scale, shift = weight_of(view, 1), constant_of(view.input(2))
+    return np.where(scale == 0, 0.0 if shift is None else shift.astype(np.float64), np.nan)
+
+
+def _rms_norm(view: NodeView, slot: Slot, links: Sequence[Link], known: Constants) -> Floats | None:
+    """Zeros, along the axis that is normalized."""
+    scale = known.constant(view.data(1), 0)
+    if slot.axis != len(view.dims()) - 1 or scale is None or len(scale) != size_of(slot):
+        return None
+    return np.where((scale == 0) | (known.at(links[0].a) == 0), 0.0, np.nan)
+
+
 def _computed(view: NodeView, slot: Slot, links: Sequence[Link], known: Constants) -> Floats | None:
     """The function of an elementwise operator on what is known of its operands."""
     if all(link.a.use is None and link.a not in known.known for link in links):
@@ -175,8 +192,8 @@ def _operand(view: NodeView, index: int, slot: Slot, known: Constants) -> Floats
 
 
 _CARRIERS = op_types(
-    "Cast Concat DepthToSpace Dropout Flatten Gather Identity ReduceMax ReduceMean ReduceMin Reshape Resize "
-    "Slice SpaceToDepth Split Squeeze Transpose Unsqueeze Upsample"
+    "Cast Concat DepthToSpace Dropout Expand Flatten Gather Identity ReduceMax ReduceMean ReduceMin Reshape "
+    "Resize Slice SpaceToDepth Split Squeeze Transpose Unsqueeze Upsample"
 )
 _SUMMERS = op_types("ReduceL1 ReduceL2 ReduceSum ReduceSumSquare LpPool GlobalLpPool")
 
@@ -190,7 +207,10 @@ CONSTANTS: Mapping[str, Rule] = MappingProxyType(
         "AveragePool": _average_pool,
         "BatchNormalization": _batch_norm,
         "InstanceNormalization": _instance_norm,
+        "LayerNormalization": _layer_norm,
         "Pad": _pad,
+        "RMSNormalization": _rms_norm,
+        "SimplifiedLayerNormalization": _rms_norm,
     }
 )
 """Operators of the default domain, by type. The output of any other is not known."""

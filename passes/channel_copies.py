@@ -125,8 +125,8 @@ def _mixed(view: NodeView, slot: Slot, links: Sequence[Link], copies: Copies) ->
     as a whole only those that these do not tell apart.
     """
     layer = copies.layers.get(slot)
-    if layer is None:
-        return _moved(view, slot, links, copies)
+    if layer is None:  # a product is linear in each of its factors, but not in both
+        return _moved(view, slot, links, copies) if len(links) == 1 else None
     groups, outputs = layer.weight.shape[:2]
     read = _groups(copies.known.get(layer.source), groups)
     marks, factors = np.repeat(read.like, outputs), np.repeat(read.factors, outputs)
@@ -206,9 +206,9 @@ def _slope(factors: Factors) -> tuple[Factors, Factors]:
 
 
 _LINEAR = op_types(
-    "Add AveragePool Concat DepthToSpace Dropout Flatten Gather GlobalAveragePool Identity MatMul Mean Neg "
-    "Pad ReduceMean ReduceSum Reshape Resize Slice SpaceToDepth Split Squeeze Sub Sum Transpose Unsqueeze "
-    "Upsample"
+    "Add AveragePool Concat DepthToSpace Dropout Expand Flatten Gather GlobalAveragePool Identity MatMul "
+    "Mean Neg Pad ReduceMean ReduceSum Reshape Resize Slice SpaceToDepth Split Squeeze Sub Sum Transpose "
+    "Unsqueeze Upsample"
 )
 _POSITIVE = op_types("GlobalMaxPool LeakyRelu Max MaxPool Min ReduceMax ReduceMin Relu")
 
@@ -307,8 +307,8 @@ def _affine(read: Alike, gain: Factors, offset: Factors) -> Alike:
 
 
 _MOVERS = op_types(
-    "Concat DepthToSpace Dropout Flatten Gather Hardmax LayerNormalization LogSoftmax Pad Reshape Resize "
-    "Slice Softmax SpaceToDepth Split Squeeze Transpose Unsqueeze Upsample"
+    "Concat DepthToSpace Dropout Expand Flatten Gather Hardmax LayerNormalization LogSoftmax Pad Reshape "
+    "Resize Slice Softmax SpaceToDepth Split Squeeze Transpose Unsqueeze Upsample"
 )
 
 RULES: Mapping[str, Rule] = MappingProxyType(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -73,13 +74,17 @@ class Coupling:
     """What one node asks of the slots it reads and writes. A slot it does not name may not shrink.
 
     Of each tuple of `options` one link applies: where a Reshape merges channels and pixels, one of the two
-    may shrink, not both. `free` slots may shrink without a link. `cut` lets the
-    node's own attributes and shape inputs follow; it runs while values and constants are still whole.
+    may shrink, not both. `free` slots may shrink without a link, and `zeros` by indices that hold nothing but
+    zeros. Of a slot in `least` so many indices leave or none, because it takes nodes of its own.
+    `cut` lets the node's own attributes and shape inputs follow; it runs while values and constants are
+    still whole.
     """
 
     links: tuple[Link, ...] = ()
     options: tuple[tuple[Link, ...], ...] = ()
     free: tuple[Slot, ...] = ()
+    zeros: tuple[Slot, ...] = ()
+    least: Mapping[Slot, int] = field(default_factory=lambda: MappingProxyType({}))
     quota: Quota | None = None
     cut: Callable[[Keep], None] | None = None
 
@@ -145,6 +150,24 @@ class NodeView:
             for i, o in pairs
             if i < len(before) and o < len(after) and is_wide(before[i]) and before[i] == after[o]
         )
+
+    def broadcast(self, axes: Iterable[int]) -> tuple[Link, ...]:
+        """Links to axes of output 0 from the inputs, aligned from the right; an axis of size one is none."""
+        out = self.out_dims()
+        inputs = {i: self.dims(i) for i, value in enumerate(self.node.inputs) if value is not None}
+        links: list[Link] = []
+        for axis in axes:
+            own = {i: axis - len(out) + len(dims) for i, dims in inputs.items()}
+            having = [i for i, dims in inputs.items() if own[i] >= 0 and dims[own[i]] != 1]
+            # An input of unknown size may or may not have the axis: then it is named by no link.
+            if is_wide(out[axis]) and all(inputs[i][own[i]] == out[axis] for i in having):
+                links += [Link(self.slot(i, own[i]), self.out(axis)) for i in having]
+        return tuple(links)
+
+    def expect_one_output(self, reason: str) -> None:
+        """Refuse where an optional output is read: it may depend on how many channels there are."""
+        if any(v.uses() or v.is_graph_output() for v in self.node.outputs[1:]):
+            raise Refused(reason)
 
     def expect(self, slot: Slot, size: int) -> None:
         """Refuse unless the slot is known to have `size` indices."""

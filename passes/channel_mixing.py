@@ -135,7 +135,7 @@ def mixings(graph: ChannelGraph) -> dict[Slot, Mixing]:
         if coupling.links or coupling.free
         for read in _MIXINGS.get(node.op_type, ())
     )
-    return {mixing.target: mixing for mixing in found}
+    return {mixing.target: mixing for mixing in found if mixing is not None}
 
 
 def is_padded(node: ir.Node) -> bool:
@@ -196,8 +196,11 @@ def _gemm(view: NodeView) -> Mixing:
     return Mixing(view.node, source, view.out(1), read, factor, offset, "")
 
 
-def _matmul(view: NodeView) -> Mixing:
+def _matmul(view: NodeView) -> Mixing | None:
+    """None for a product without weights."""
     side = matrix_side(view)
+    if side is None:
+        return None
     axis = len(view.dims(1 - side)) - 2 + side
 
     def read() -> Array:
@@ -225,7 +228,7 @@ def _gates(view: NodeView, index: int, source: Slot) -> Mixing:
     return Gates(view.node, source, view.slot(index, 1), read, 1.0, np.zeros(read().shape[1]), "")
 
 
-_MIXINGS: Mapping[str, tuple[Callable[[NodeView], Mixing], ...]] = MappingProxyType(
+_MIXINGS: Mapping[str, tuple[Callable[[NodeView], Mixing | None], ...]] = MappingProxyType(
     {
         "Conv": (_conv,),
         "ConvTranspose": (_conv_transpose,),

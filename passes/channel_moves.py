@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from edgewise.passes.base import Refused
 from edgewise.passes.channel_links import Coupling, Dim, Indices, Keep, Link, NodeView, dims_of, is_wide
-from edgewise.passes.graph import attribute, constant_of
-from edgewise.passes.linear import set_constant
+from edgewise.passes.graph import Array, attribute, constant_of, graph_of, new_initializer, new_node
+from edgewise.passes.linear import release, set_constant
 
 Block = tuple[range, range]
 
@@ -36,26 +36,70 @@ def _transpose(view: NodeView) -> Coupling:
 def _reshape(view: NodeView) -> Coupling:
     """Blocks of axes with equal products; the requested shape follows the channels that stay."""
     links, options = _block_links(view)
-    if constant_of(view.data(1)) is not None:
-        return Coupling(links, options, cut=lambda keep: _cut_shape(view, 1, keep))
-    inferred = [axis for axis in range(len(view.out_dims())) if _entry(view.data(1), axis) == -1]
-    links = tuple(link for link in links if link.b.axis in inferred)
-    options = tuple(rivals for rivals in options if all(link.b.axis in inferred for link in rivals))
-    if not links and not options:
+    entries = _entries(view)
+    links = tuple(link for link in links if entries[link.b.axis] is not None)
+    options = tuple(some for some in options if all(entries[k.b.axis] is not None for k in some))
+    if None in entries and not links and not options:
         raise Refused("Reshape to a computed shape")
-    return Coupling(links, options)
+    return Coupling(links, options, cut=partial(_cut_shape, view))
 
 
-def _cut_shape(view: NodeView, index: int, keep: Keep) -> None:
-    """Put the sizes that are left into a constant list of output sizes."""
-    given = constant_of(view.data(index))
-    assert given is not None  # the rule has seen to it
-    sizes = np.array(given)
-    for axis, size in enumerate(given):
+def _expand(view: NodeView) -> Coupling:
+    """Axes that are there before and keep their size."""
+    entries, more = _entries(view), len(view.out_dims()) - len(view.dims())
+    kept = ((i, i + more) for i in range(len(view.dims())) if entries[i + more] is not None)
+    return Coupling(view.same(kept), cut=partial(_cut_shape, view))
+
+
+def _entries(view: NodeView) -> list[int | None]:
+    """The sizes that a Reshape or Expand is given for every axis of its output, None where not known."""
+    length = view.dims(1)[0]
+    if not isinstance(length, int):
+        raise Refused(f"{view.node.op_type} to a computed shape")
+    missing = len(view.out_dims()) - length
+    return [1] * missing + [_entry(view.data(1), axis) for axis in range(length)]
+
+
+def _cut_shape(view: NodeView, keep: Keep) -> None:
+    """Put in the sizes that are left where they are given, or copied from an axis that shrinks."""
+    changed: dict[int, int] = {}
+    for axis, (entry, size) in enumerate(zip(_entries(view), view.out_dims(), strict=True)):
         kept = keep(view.out(axis))
-        sizes[axis] = size if kept is None else len(kept)
-    if not np.array_equal(sizes, given):
-        set_constant(view.node, index, sizes, "shape")
+        copied = entry == 0 and kept is None and keep(view.slot(0, axis)) is None
+        left = size if kept is None else len(kept)
+        if entry not in (None, -1, 1, left) and isinstance(left, int) and not copied:
+            changed[axis - len(view.out_dims())] = left
+    shape = view.data(1)
+    given = constant_of(shape)
+    if changed and given is not None:
+        set_constant(view.node, 1, _with_entries(given, changed), "shape")
+    elif changed:
+        view.node.replace_input_with(1, _put_together(view, shape, changed))
+        release(shape)
+
+
+def _with_entries(given: Array, changed: Mapping[int, int]) -> Array:
+    """A list of sizes of which some are others, counted from the end."""
+    sizes = given.copy()
+    sizes[list(changed)] = list(changed.values())
+    return sizes
+
+
+def _put_together(view: NodeView, shape: ir.Value, changed: Mapping[int, int]) -> ir.Value:
+    """The same for a Concat of lists, of which those that change are constant."""
+    concat, parts, end = shape.producer(), list[ir.Value | None](), 0
+    assert concat is not None  # `_entry` has looked into it
+    for part in reversed(concat.inputs):
+        length = 0 if part is None else _size(dims_of(part)[0])
+        own = {k + end: size for k, size in changed.items() if -length <= k + end < 0}
+        array = constant_of(part)
+        if array is not None and own:
+            part = new_initializer(graph_of(view.node), f"{shape.name}.part", _with_entries(array, own))
+        parts.insert(0, part)
+        end += length
+    fresh = new_node(view.node, "Concat", parts, {"axis": 0}, hint=f"{shape.name}.sizes")
+    fresh.shape, fresh.type = shape.shape, shape.type
+    return fresh
 
 
 def _entry(shape: ir.Value, axis: int) -> int | None:
@@ -121,17 +165,17 @@ def _size(dim: Dim) -> int:
 def _blocks(before: Sequence[Dim], after: Sequence[Dim]) -> Iterator[Block]:
     """Runs of axes, as short as can be, that hold the same elements in the same order.
 
-    From the right as far as sizes are known and products meet, then from the left as far as sizes or
-    symbols agree. Both are sound because the total is the same and the order is row-major.
+    From the right as far as symbols agree or sizes are known and products meet, then from the left. Both
+    are sound because the total is the same and the order is row-major.
     """
     i, j = len(before), len(after)
-    while (found := _last_block(before[:i], after[:j])) is not None:
-        yield found
-        i, j = found[0].start, found[1].start
-    for k in range(min(i, j)):
-        if before[k] is None or before[k] != after[k]:
-            return
-        yield range(k, k + 1), range(k, k + 1)
+    while (found := _meeting(before[:i][::-1], after[:j][::-1])) is not None:
+        yield range(i - found[0], i), range(j - found[1], j)
+        i, j = i - found[0], j - found[1]
+    k = m = 0
+    while (found := _meeting(before[k:i], after[m:j])) is not None:
+        yield range(k, k + found[0]), range(m, m + found[1])
+        k, m = k + found[0], m + found[1]
 
 
 def aligned_axes(before: Sequence[Dim], after: Sequence[Dim]) -> Iterator[Block]:
@@ -145,21 +189,17 @@ def aligned_axes(before: Sequence[Dim], after: Sequence[Dim]) -> Iterator[Block]
         i, j = ins.stop, outs.stop
 
 
-def _last_block(before: Sequence[Dim], after: Sequence[Dim]) -> Block | None:
-    if not (before and after):
+def _meeting(left: Sequence[Dim], right: Sequence[Dim]) -> tuple[int, int] | None:
+    """The least numbers of axes, from the first on, that hold as many elements; None where not known."""
+    if not (left and right):
         return None
-    i, j = len(before) - 1, len(after) - 1
-    left, right = before[i], after[j]
-    while isinstance(left, int) and isinstance(right, int):
-        if left == right:
-            return range(i, len(before)), range(j, len(after))
-        if left < right:
-            i -= 1
-            left = _times(left, before[i]) if i >= 0 else None
+    a, b, i, j = left[0], right[0], 1, 1
+    while isinstance(a, int) and isinstance(b, int) and a != b:
+        if a < b:
+            a, i = _times(a, left[i]) if i < len(left) else None, i + 1
         else:
-            j -= 1
-            right = _times(right, after[j]) if j >= 0 else None
-    return None
+            b, j = _times(b, right[j]) if j < len(right) else None, j + 1
+    return None if a is None or a != b else (i, j)
 
 
 def _times(product: int, dim: Dim) -> int | None:
@@ -387,18 +427,18 @@ def _space_to_depth(view: NodeView) -> Coupling:
 
 def _shape(view: NodeView) -> Coupling:
     """Axes whose size nobody picks from the result may change."""
-    picked = _picked(view.node.outputs[0], not {"start", "end"}.isdisjoint(view.node.attributes))
-    if picked is None:
-        return Coupling()
     rank = len(view.dims())
-    read = {i % rank for i in picked}
+    start, end = attribute(view.node, "start", 0), attribute(view.node, "end", rank)
+    given = range(rank)[start:end]
+    picked = _picked(view.node.outputs[0])
+    read = given if picked is None else [given[i] for i in picked]
     return Coupling(free=tuple(view.slot(0, i) for i in range(rank) if i not in read))
 
 
-def _picked(shape: ir.Value, sliced: bool) -> list[int] | None:
+def _picked(shape: ir.Value) -> list[int] | None:
     """The entries of a shape that its readers pick; None where one may read them all."""
     picked: list[int] = []
-    if sliced or shape.is_graph_output():
+    if shape.is_graph_output():
         return None
     for node, index in shape.uses():
         chosen = constant_of(node.inputs[1]) if node.op_type == "Gather" and index == 0 else None
@@ -412,6 +452,7 @@ MOVES: Mapping[str, Callable[[NodeView], Coupling]] = MappingProxyType(
     {
         "Concat": _concat,
         "DepthToSpace": _depth_to_space,
+        "Expand": _expand,
         "Flatten": _same_elements,
         "Gather": _gather,
         "Pad": _pad,

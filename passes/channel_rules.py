@@ -18,9 +18,10 @@ from edgewise.passes.channel_links import (
     Quota,
     Slot,
     dims_of,
-    is_wide,
     op_types,
 )
+from edgewise.passes.channel_norms import layer_norm, reduction, rms_norm
+from edgewise.passes.channel_products import product
 from edgewise.passes.channel_recurrent import CELLS, recurrent
 from edgewise.passes.graph import attribute, constant_of
 from edgewise.passes.linear import set_constant
@@ -45,30 +46,15 @@ REDUCTIONS = op_types(
 
 def _elementwise(view: NodeView) -> Coupling:
     """Axes aligned from the right; an operand of size one along an axis is no part of it."""
-    out = view.out_dims()
-    operands = {i: view.dims(i) for i, value in enumerate(view.node.inputs) if value is not None}
-    links: list[Link] = []
-    for axis, size in enumerate(out):
-        own = {i: axis - len(out) + len(dims) for i, dims in operands.items()}
-        having = [i for i, dims in operands.items() if own[i] >= 0 and dims[own[i]] != 1]
-        # An operand of unknown size may or may not have the axis: then it is named by no link.
-        if is_wide(size) and all(operands[i][own[i]] == size for i in having):
-            links += [Link(view.slot(i, own[i]), view.out(axis)) for i in having]
-    return Coupling(tuple(links))
+    return Coupling(view.broadcast(range(len(view.out_dims()))))
 
 
 def _dropout(view: NodeView) -> Coupling:
-    _expect_one_output(view, "Dropout mask is read")
+    view.expect_one_output("Dropout mask is read")
     training = view.input(2)
     if training is not None and constant_of(training) != np.False_:
         raise Refused("Dropout in training mode")
     return Coupling(view.same((i, i) for i in range(len(view.dims()))))
-
-
-def _expect_one_output(view: NodeView, reason: str) -> None:
-    """Refuse where an optional output is read: it may depend on how many channels there are."""
-    if any(v.uses() or v.is_graph_output() for v in view.node.outputs[1:]):
-        raise Refused(reason)
 
 
 def _conv(view: NodeView) -> Coupling:
@@ -169,12 +155,12 @@ def _gemm(view: NodeView) -> Coupling:
 def _matmul(view: NodeView) -> Coupling:
     """A constant matrix on either side; the other axes of the data pass through."""
     side = matrix_side(view)
+    if side is None:
+        return product(view)
     rank = len(view.dims(1 - side))
     if rank < 2:
         raise Refused("MatMul of a vector")
     shape, axis = view.constant_dims(side, "weight"), rank - 2 + side
-    if len(shape) != 2:
-        raise Refused("MatMul weight is not a matrix")
     x, y = view.slot(1 - side, axis), view.out(axis)
     view.expect(x, shape[1 - side])
     view.expect(y, shape[side])
@@ -182,16 +168,16 @@ def _matmul(view: NodeView) -> Coupling:
     return Coupling((Link(view.slot(side, 1 - side), x), Link(view.slot(side, side), y), *passing))
 
 
-def matrix_side(view: NodeView) -> int:
-    """Which input of a MatMul is the constant one."""
+def matrix_side(view: NodeView) -> int | None:
+    """Which input of a MatMul is a constant matrix, None where it is neither or where both are constant."""
     constant = [view.slot(i, 0).use is not None for i in (0, 1)]
-    if constant[0] == constant[1]:
-        raise Refused("MatMul of two activations")
+    if constant[0] == constant[1] or len(view.dims(int(constant[1]))) != 2:
+        return None
     return int(constant[1])
 
 
 def _batch_norm(view: NodeView) -> Coupling:
-    _expect_one_output(view, "BatchNormalization in training mode")
+    view.expect_one_output("BatchNormalization in training mode")
     if attribute(view.node, "training_mode", 0):
         raise Refused("BatchNormalization in training mode")
     if not attribute(view.node, "spatial", 1):
@@ -215,21 +201,8 @@ def _per_channel(view: NodeView, index: int, slot: Slot) -> tuple[Link, ...]:
 
 
 def _pool(view: NodeView) -> Coupling:
-    _expect_one_output(view, "MaxPool indices are read")
+    view.expect_one_output("MaxPool indices are read")
     return Coupling(view.same([(0, 0), (1, 1)]))
-
-
-def _reduction(view: NodeView) -> Coupling:
-    """Every axis but those that are summed over."""
-    rank = len(view.dims())
-    given = view.ints("axes", 1)
-    if not given and attribute(view.node, "noop_with_empty_axes", 0):
-        return Coupling(view.same((i, i) for i in range(rank)))
-    gone = {a % rank for a in given} if given else set(range(rank))
-    kept = [i for i in range(rank) if i not in gone]
-    if attribute(view.node, "keepdims", 1):
-        return Coupling(view.same((i, i) for i in kept))
-    return Coupling(view.same((i, o) for o, i in enumerate(kept)))
 
 
 def _before_axis(view: NodeView) -> Coupling:
@@ -238,12 +211,6 @@ def _before_axis(view: NodeView) -> Coupling:
     modern = view.opset >= 13
     axis = int(attribute(view.node, "axis", -1 if modern else 1)) % rank
     return Coupling(view.same((i, i) for i in range(rank) if i < axis or (modern and i > axis)))
-
-
-def _layer_norm(view: NodeView) -> Coupling:
-    _expect_one_output(view, "LayerNormalization statistics are read")
-    rank = len(view.dims())
-    return Coupling(view.same((i, i) for i in range(int(attribute(view.node, "axis", -1)) % rank)))
 
 
 MIXERS: Mapping[str, CouplingRule] = MappingProxyType(
@@ -256,13 +223,15 @@ RULES: Mapping[str, CouplingRule] = MappingProxyType(
         **MIXERS,
         **dict.fromkeys((*UNARY, *BROADCAST), _elementwise),
         **dict.fromkeys(POOLS, _pool),
-        **dict.fromkeys(REDUCTIONS, _reduction),
+        **dict.fromkeys(REDUCTIONS, reduction),
         **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), _before_axis),
         **dict.fromkeys(CELLS, recurrent),
         "BatchNormalization": _batch_norm,
         "Dropout": _dropout,
         "InstanceNormalization": lambda view: _normalized(view, 2),
-        "LayerNormalization": _layer_norm,
+        "LayerNormalization": layer_norm,
+        "RMSNormalization": rms_norm,
+        "SimplifiedLayerNormalization": rms_norm,  # onnxruntime's, in the default domain
     }
 )
 """Operators of the default domain, by type."""

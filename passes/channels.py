@@ -87,10 +87,13 @@ class ChannelGraph:
     groups: tuple[ChannelGroup, ...]
 
     @classmethod
-    def of(cls, graph: ir.Graph, opset: int) -> ChannelGraph:
-        """Read the graph. Values must have shapes: what has none is blocked by "shape is unknown"."""
+    def of(cls, graph: ir.Graph, opset: int, *, zeros: bool = False) -> ChannelGraph:
+        """Read the graph. Values must have shapes: what has none is blocked by "shape is unknown".
+
+        With `zeros` slots of that kind (see `Coupling`) may shrink, and what is cut there must be zero.
+        """
         couplings, refused = _couple(graph, opset)
-        blocks = _Blocks(graph, couplings, refused)
+        blocks = _Blocks(graph, couplings, refused, zeros)
         links = [link for coupling in couplings.values() for link in coupling.links]
         links += blocks.shared_weights(links)
         loose = [c.quota for c in couplings.values() if c.quota is not None]
@@ -109,6 +112,17 @@ class ChannelGraph:
         return tuple(c.quota for c in self.couplings.values() if c.quota is not None)
 
     @cached_property
+    def zeros(self) -> tuple[Slot, ...]:
+        """The slots that shrink by zeros only."""
+        return tuple(slot for c in self.couplings.values() for slot in c.zeros if slot in self.home)
+
+    @cached_property
+    def least(self) -> Mapping[Slot, int]:
+        """How many indices leave at once, of slots where one is not worth what it takes."""
+        least = {slot: n for c in self.couplings.values() for slot, n in c.least.items()}
+        return {slot: n for slot, n in least.items() if slot in self.home}
+
+    @cached_property
     def widths(self) -> frozenset[Slot]:
         """The slots along which layers have weights. How many heads there are matters to no kernel."""
         grouped = (slot for quota in self.quotas for slot in (quota.inputs, quota.outputs))
@@ -124,10 +138,11 @@ class ChannelGraph:
         """The part of `cuts` that can leave; what has to be taken back is taken from the front.
 
         Blocked channels stay, one index of every slot stays, or as many as make the new width of a layer a
-        multiple of `multiple`, and grouped convolutions lose as many channels in each of their groups.
+        multiple of `multiple`, grouped convolutions lose as many channels in each of their groups, and a slot
+        with a least number (see `Coupling`) loses that many or none.
         """
         settled = {group: cuts[group] & ~group.blocked for group in self.groups}
-        while self._fill_up(settled, multiple) or self._level(settled):
+        while self._fill_up(settled, multiple) or self._level(settled) or self._spare(settled):
             pass
         return settled
 
@@ -156,6 +171,16 @@ class ChannelGraph:
                 changed |= len(excess) > 0
         return changed
 
+    def _spare(self, cuts: Cuts) -> bool:
+        """Take back what is too little to be worth it; whether there was any."""
+        changed = False
+        for slot, least in self.least.items():
+            leaving = self.leaving(slot, cuts)
+            if 0 < leaving.sum() < least:
+                cuts[self.home[slot]][self.home[slot].members[slot]] = False
+                changed = True
+        return changed
+
     def remove(self, cuts: Cuts) -> None:
         """Take the channels out of the graph. All or nothing: `PassError` unless `settle` agrees with `cuts`.
 
@@ -171,16 +196,16 @@ class ChannelGraph:
             if cuts[group][labels].any()
         }
         for coupling in self.couplings.values():
-            if coupling.cut is not None and any(slot in kept for slot in _named(coupling)):
+            if coupling.cut is not None and any(slot in kept for slot in _named(coupling, zeros=True)):
                 coupling.cut(kept.get)
         _shrink_constants(self.graph, kept)
         _shrink_shapes(kept)
 
 
-def channel_graphs(model: ir.Model) -> Iterator[ChannelGraph]:
+def channel_graphs(model: ir.Model, *, zeros: bool = False) -> Iterator[ChannelGraph]:
     """One for the model's graph and each of its subgraphs; functions are left alone."""
     for graph in list(model.graphs()):
-        yield ChannelGraph.of(graph, opset(model))
+        yield ChannelGraph.of(graph, opset(model), zeros=zeros)
 
 
 def find_groups(model: ir.Model) -> tuple[ChannelGroup, ...]:
@@ -208,8 +233,11 @@ def _decide(couplings: dict[ir.Node, Coupling]) -> None:
     """Of rival links of a Reshape keep one.
 
     Where an axis is split up, that to the part which is chosen; where axes are merged, that from the axis
-    which has channels of some layer, else the first.
+    which has channels of some layer, else the first. An axis that is held fast where it is made, as copies of
+    heads are, is no rival.
     """
+    for node, coupling in couplings.items():
+        couplings[node] = _without_fast(coupling, couplings)
     parts = _parts(couplings)
     anchored: set[Slot] = set()
     for node, coupling in couplings.items():
@@ -221,6 +249,25 @@ def _decide(couplings: dict[ir.Node, Coupling]) -> None:
         anchored.update(slot for link in links for slot in _anchored(link, anchored))
         if coupling.quota is not None:
             anchored.add(coupling.quota.outputs)
+
+
+def _without_fast(coupling: Coupling, couplings: Mapping[ir.Node, Coupling]) -> Coupling:
+    """The coupling without rivals that are held fast where they are made, unless all are."""
+    links, options = list(coupling.links), []
+    for some in coupling.options:
+        open_ = tuple(link for link in some if _is_open(link.a, couplings)) or some
+        if len(open_) == 1:
+            links += open_
+        else:
+            options.append(open_)
+    return replace(coupling, links=tuple(links), options=tuple(options))
+
+
+def _is_open(slot: Slot, couplings: Mapping[ir.Node, Coupling]) -> bool:
+    """Whether the node that makes a slot lets it shrink."""
+    producer = slot.value.producer()
+    coupling = None if producer is None else couplings.get(producer)
+    return coupling is not None and slot in _named(coupling, zeros=False)
 
 
 def _parts(couplings: Mapping[ir.Node, Coupling]) -> set[Slot]:
@@ -249,7 +296,7 @@ def _way(start: Slot, couplings: Mapping[ir.Node, Coupling]) -> set[Slot]:
             return set()
         for reader, _ in slot.value.uses():
             coupling = couplings.get(reader)
-            if coupling is None or slot not in _named(coupling):
+            if coupling is None or slot not in _named(coupling, zeros=False):
                 return set()
             onward = {link.b for link in coupling.links if link.a == slot} - reached
             reached |= onward
@@ -261,21 +308,26 @@ def _anchored(link: Link, anchored: set[Slot]) -> tuple[Slot, ...]:
     return (link.b,) if link.a.use is not None or link.a in anchored else ()
 
 
-def _named(coupling: Coupling) -> set[Slot]:
+def _named(coupling: Coupling, *, zeros: bool) -> set[Slot]:
+    """The slots that may shrink, with or without those that do by zeros only."""
     named = set(coupling.free)
     for link in itertools.chain(coupling.links, *coupling.options):
         named.update((link.a, link.b))
-    return named
+    return named.union(coupling.zeros) if zeros else named.difference(coupling.zeros)
 
 
 class _Blocks:
     """Finds what keeps a slot from shrinking: whoever touches it without naming it."""
 
     def __init__(
-        self, graph: ir.Graph, couplings: Mapping[ir.Node, Coupling], refused: Mapping[ir.Node, str]
+        self,
+        graph: ir.Graph,
+        couplings: Mapping[ir.Node, Coupling],
+        refused: Mapping[ir.Node, str],
+        zeros: bool,
     ) -> None:
         self._graph = graph
-        self._named = {node: _named(coupling) for node, coupling in couplings.items()}
+        self._named = {node: _named(coupling, zeros=zeros) for node, coupling in couplings.items()}
         self._refused = refused
         self._torn: set[Slot] = set()
 

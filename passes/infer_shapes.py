@@ -59,7 +59,7 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
 
 def _graph(graph: ir.Graph) -> onnx.GraphProto:
     proto = onnx.GraphProto(name=graph.name or "graph")
-    proto.input.extend(_note(v, v.shape) for v in graph.inputs if v.const_value is None)
+    proto.input.extend(_note(v, v.shape) for v in graph.inputs)
     for weight in graph.initializers.values():
         _add_weight(proto, weight)
     for node in graph:
@@ -74,11 +74,15 @@ def _graph(graph: ir.Graph) -> onnx.GraphProto:
 
 
 def _add_weight(proto: onnx.GraphProto, value: ir.Value) -> None:
-    """Write a small weight down, as others may be computed from it, and of a large one what it is."""
+    """Write down a weight that others may be computed from; of a large one only what it is.
+
+    That is a note, because the body of an If takes no inputs.
+    """
     name, tensor = value.name, value.const_value
     if name is None or tensor is None:
         return
-    proto.input.append(onnx.helper.make_tensor_value_info(name, tensor.dtype, tensor.shape.numpy()))
+    if not value.is_graph_input():
+        proto.value_info.append(onnx.helper.make_tensor_value_info(name, tensor.dtype, tensor.shape.numpy()))
     if tensor.nbytes <= _SMALL:
         inside = ir.tensor(tensor.numpy()) if isinstance(tensor, ir.ExternalTensor) else tensor
         ir.serde.serialize_tensor_into(proto.initializer.add(), inside)

@@ -202,7 +202,7 @@ def _dropping(order: Order, axes: Sequence[int], *, known: bool) -> tuple[tuple[
 def _reduce(node: ir.Node, value: ir.Value, order: Order) -> Relayout | None:
     if len(node.inputs) > 1:
         written = constant_of(node.inputs[1])
-        axes = None if written is None else written.ravel().tolist()
+        axes = None if written is None else written.tolist()
     else:
         axes = attribute(node, "axes")
     if not is_data(node, value) or not axes:

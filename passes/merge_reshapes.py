@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -28,7 +29,8 @@ class MergeReshapes(Rule):
 
     Given:   y = Reshape(f(x), s)                     with constant s; f keeps the order of the elements, as a
                                                       Transpose does that moves axes of size 1
-    Result:  y = Reshape(x, s)                        a 0 in s, which copies a dimension of f(x), written out
+    Result:  y = Reshape(x, s)                        a 0 in s, which copies a dimension of f(x) that x does
+                                                      not have there, written out
 
     Given:   y = Squeeze(Unsqueeze(x, axes), axes)    or the other way round
     Result:  x in place of y
@@ -48,9 +50,9 @@ class MergeReshapes(Rule):
         if target is None or not _keeps_elements(first):
             return False
         copies = not attribute(node, "allowzero", 0)
-        if copies and 0 in target:
-            _write_target(node, _without_copies(target, middle))
         source = first.inputs[0]
+        if copies and 0 in target:
+            _write_target(node, _without_copies(target, middle, _dims(source)))
         node.replace_input_with(0, source)
         remove_if_unused(first)
         return True
@@ -87,14 +89,26 @@ def _axes(node: ir.Node) -> tuple[int, ...] | None:
     return None if axes is None else tuple(sorted(axes.tolist()))
 
 
-def _without_copies(target: Array, value: ir.Value) -> Array:
-    """`target` with the dimensions of `value` where it says 0, one of which may be unknown."""
-    dims = [] if value.shape is None else list(value.shape)
-    result = target.copy()
-    for axis in (target == 0).nonzero()[0].tolist():
-        known = axis < len(dims) and isinstance(dims[axis], int)
-        result[axis] = dims[axis] if known else -1
-    if (result == 0).any() or (result < 0).sum() > 1:
+def _dims(value: ir.Value | None) -> list[int | str | None]:
+    """Sizes and symbols; nothing where not even the rank is known."""
+    shape = None if value is None else value.shape
+    return [] if shape is None else [d if isinstance(d, int) else d.value for d in shape]
+
+
+def _without_copies(target: Array, value: ir.Value, source: Sequence[int | str | None]) -> Array:
+    """`target` with the dimensions of `value` where it says 0, one of which may be unknown.
+
+    Of more than one those stay 0 that copy the same from `source`, the dimensions of what is read instead.
+    """
+    dims = _dims(value)
+    result, copied = target.copy(), [axis for axis, size in enumerate(target) if size == 0]
+    for axis in copied:
+        size = dims[axis] if axis < len(dims) else None
+        result[axis] = size if isinstance(size, int) else -1
+    if (result < 0).sum() > 1:
+        same = [axis for axis in copied if dims[axis : axis + 1] == source[axis : axis + 1] != [None]]
+        result[same] = 0
+    if (result < 0).sum() > 1:
         raise Refused("the Reshape copies a dimension that is not known")
     return result
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from edgewise.passes.base import Outcome, Pass
 from edgewise.passes.channel_constants import Constants, Floats, Mixing
-from edgewise.passes.channel_links import Array, Indices
+from edgewise.passes.channel_links import Array, Indices, size_of
 from edgewise.passes.channel_recurrent import CELLS, add_to_bias
 from edgewise.passes.channels import ChannelGraph, ChannelGroup, Cuts, Mask, channel_graphs
 from edgewise.passes.graph import (
@@ -29,6 +29,8 @@ from edgewise.passes.graph import (
 from edgewise.passes.linear import constant_input, set_constant
 
 _UNEVEN = "groups of a Conv would become unequal"
+
+_FEW = "too few channels to be worth the nodes that it takes"
 
 Held = list[tuple[str, Indices]]
 """Reasons, each with the channels that it holds."""
@@ -49,6 +51,8 @@ class PruneChannels(Pass):
     constants are multiples of each other, border and all: one of them does the work of all, at any size. (A
     map in place of the bias would save that one channel too, for one number an output and pixel in the file,
     an addition of as many, and a size that is fixed.) Groups of a Conv have no channel in common and refuse.
+    Norms and sums over channels do without zeros alone, and a norm only where they are many (see
+    `channel_norms`). Heads of attention are channels like others.
     A channel is zero, or constant, also where its range says so (see `Bounds`), as behind a Relu that never
     sees a positive number. Every value that stays keeps its numbers. Refused are channels that no output
     depends on and that have to stay all the same.
@@ -68,10 +72,10 @@ class PruneChannels(Pass):
     def apply(self, model: ir.Model) -> Outcome:
         edits, refused = 0, Counter[str]()
         for graph in list(model.graphs()):
-            analysis = _analyse(ChannelGraph.of(graph, opset(model)), self.multiple)
+            analysis = _analyse(ChannelGraph.of(graph, opset(model), zeros=True), self.multiple)
             while removed := _remove(analysis):
                 edits += removed
-                analysis = _analyse(ChannelGraph.of(graph, opset(model)), self.multiple)
+                analysis = _analyse(ChannelGraph.of(graph, opset(model), zeros=True), self.multiple)
             refused += _refusals(analysis)
         return Outcome(edits, MappingProxyType(dict(refused)))
 
@@ -95,7 +99,7 @@ class ChannelCount:
 
 def removable_channels(model: ir.Model) -> tuple[ChannelCount, ...]:
     """Every value with channels that are zero, constant or unread, in the graph's order. Edits nothing."""
-    analyses = (_analyse(graph) for graph in channel_graphs(model))
+    analyses = (_analyse(graph) for graph in channel_graphs(model, zeros=True))
     counts = (count for analysis in analyses for count in _counts(analysis))
     return tuple(count for count in counts if count.zero or count.constant or count.unread)
 
@@ -115,7 +119,10 @@ class _Analysis:
 def _analyse(graph: ChannelGraph, multiple: int = 1) -> _Analysis:
     """Let every channel leave, then take back what a layer needs, and then what a width needs."""
     constants = Constants.of(graph)
-    free = _settled(graph, constants, {group: ~group.blocked for group in graph.groups}, 1)
+    wanted = {group: ~group.blocked for group in graph.groups}
+    for slot in graph.zeros:
+        wanted[graph.home[slot]][graph.home[slot].members[slot][constants.at(slot) != 0]] = False
+    free = _settled(graph, constants, wanted, 1)
     cuts = free if multiple == 1 else _settled(graph, constants, free, multiple)
     return _Analysis(graph, constants, cuts, multiple, free)
 
@@ -264,9 +271,16 @@ def _demands(analysis: _Analysis) -> tuple[dict[ChannelGroup, Mask], dict[Channe
             held[group].append((block.reason, labels))
             if block.reads:
                 alive[group][labels[np.isnan(constants.at(block.slot))]] = True
+    for slot in graph.zeros:
+        home, labels, known = graph.home[slot], graph.home[slot].members[slot], constants.at(slot)
+        alive[home][labels[np.isnan(known)]] = True
+        held[home].append(("a sum would miss a constant", labels[known != 0]))
     for quota in graph.quotas:
         for slot in (quota.inputs, quota.outputs):
             held[graph.home[slot]].append((_UNEVEN, graph.home[slot].members[slot]))
+    for slot, least in graph.least.items():
+        if least <= size_of(slot):
+            held[graph.home[slot]].append((_FEW, graph.home[slot].members[slot]))
     return alive, held
 
 

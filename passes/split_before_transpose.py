@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +12,6 @@ from edgewise.passes.base import Refused, Rule
 from edgewise.passes.channel_links import Dim, dims_of
 from edgewise.passes.channel_moves import aligned_axes
 from edgewise.passes.graph import (
-    Array,
     attribute,
     constant_of,
     graph_of,
@@ -44,18 +42,18 @@ class SplitBeforeTranspose(Rule):
         transpose = None if moved is None else _made_by(moved, "Transpose")
         merged = None if transpose is None else transpose.inputs[0]
         target = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
-        if moved is None or transpose is None or merged is None or target is None:
+        if moved is None or transpose is None or merged is None or _made_by(merged, "Reshape") is None:
             return False
-        if _made_by(merged, "Reshape") is None or (attribute(node, "allowzero", 0) and 0 in target):
+        if attribute(node, "allowzero", 0) and (target is None or 0 in target):
             return False
         if only_user(moved) is not node or only_user(merged) is not transpose:
             raise Refused("a value between the two Reshapes has another user")
         before, after = dims_of(moved), dims_of(node.outputs[0])
-        runs = _runs(before, after)
-        sizes = _sizes(target.dtype, after)
         perm = attribute(transpose, "perm", tuple(reversed(range(len(before)))))
-        places = [o for axis in np.argsort(perm) for o in runs[axis]]
-        split = _split(transpose, merged, sizes[places], [after[o] for o in places])
+        given = _runs(before, after)
+        runs = [given[axis] for axis in np.argsort(perm)]
+        places = [o for run in runs for o in run]
+        split = _split(transpose, merged, _sizes(runs, after), [after[o] for o in places])
         whole = new_node(node, "Transpose", [split], {"perm": [places.index(o) for o in range(len(after))]})
         whole.shape = node.outputs[0].shape
         replace(node.outputs[0], whole)
@@ -79,16 +77,19 @@ def _runs(before: Sequence[Dim], after: Sequence[Dim]) -> list[range]:
     return [runs[axis] for axis in range(len(before))]
 
 
-def _sizes(dtype: np.dtype[Any], after: Sequence[Dim]) -> Array:
-    """The sizes asked for, with those that are known written out and at most one that is inferred."""
-    sizes = np.array([dim if isinstance(dim, int) else -1 for dim in after], dtype)
-    if (sizes < 0).sum() > 1:
-        raise Refused("the Reshape copies a dimension that is not known")
+def _sizes(runs: Sequence[range], after: Sequence[Dim]) -> list[int]:
+    """The sizes to ask for: those that are known, 0 for what stays in its place, and one to be inferred."""
+    sizes: list[int] = []
+    for axis, run in enumerate(runs):
+        unknown = 0 if len(run) == 1 and len(sizes) == axis else -1
+        sizes += [dim if isinstance(dim := after[o], int) else unknown for o in run]
+    if sizes.count(-1) > 1:
+        raise Refused("the Reshape makes two dimensions that are not known")
     return sizes
 
 
-def _split(transpose: ir.Node, merged: ir.Value, sizes: Array, dims: Sequence[Dim]) -> ir.Value:
-    shape = new_initializer(graph_of(transpose), f"{merged.name}.sizes", sizes)
+def _split(transpose: ir.Node, merged: ir.Value, sizes: Sequence[int], dims: Sequence[Dim]) -> ir.Value:
+    shape = new_initializer(graph_of(transpose), f"{merged.name}.sizes", np.array(sizes, np.int64))
     split = new_node(transpose, "Reshape", [merged, shape])
     split.shape = ir.Shape(dims)
     return split

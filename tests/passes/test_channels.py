@@ -344,7 +344,8 @@ def test_random_cuts_do_cut() -> None:
 
 MALFORMED = [
     ("MatMul of a vector", "y = MatMul(x, w)", "float[4] x", {"w": np.ones((4, 2), np.float32)}),
-    ("MatMul of two activations", "y = MatMul(x, x)", "float[4, 4] x", {}),
+    ("MatMul of a vector", "y = MatMul(w, x)", "float[4] x", {"w": np.ones((3, 2, 4), np.float32)}),
+    ("MatMul of a value and itself", "y = MatMul(x, x)", "float[4, 4] x", {}),
     ("channel axis is dynamic", "y = Conv(x, w)", "float[N, C, 5] x", {"w": np.ones((2, 3, 1), np.float32)}),
     ("channel axis is dynamic", "y = DepthToSpace<blocksize = 2>(x)", "float[N, C, 2, 2] x", {}),
     ("channel axis is dynamic", "y = SpaceToDepth<blocksize = 2>(x)", "float[N, C, 2, 2] x", {}),

@@ -10,6 +10,7 @@ import pytest
 from rewrites import build, rewritten
 
 from edgewise.passes.base import Refused
+from edgewise.passes.graph import move_initializers
 from edgewise.passes.infer_shapes import InferShapes, infer_shapes, symbol_of
 
 
@@ -90,6 +91,26 @@ def test_inside_branches() -> None:
     bodies = {name: a.as_graph() for name, a in model.graph.node(0).attributes.items()}
     assert shapes(bodies["else_branch"]) == {"k": "[N,3]", "b": "[3,N]"}
     assert shapes(model.graph)["i"] == "[3,N]"
+
+
+@pytest.mark.parametrize("width", [2, 3000])
+def test_weights_inside_branches(width: int) -> None:
+    """Small ones, of which shapes may be made, and large ones."""
+    model = plain(
+        f"""g (bool c, float[N, {width}] x) => (float[A, B] y) {{
+            i = If(c) <then_branch = t () => (float[P, Q] a) {{ k = Add(x, w) a = Reshape(k, s) }},
+                       else_branch = e () => (float[P, Q] b) {{ b = Transpose(x) }}>
+            y = Neg(i)
+        }}""",
+        w=np.ones((1, width), np.float32),
+        s=np.int64([width, -1]),
+    )
+    branch = model.graph.node(0).attributes["then_branch"].as_graph()
+    move_initializers(model.graph, branch)
+    infer_shapes(model)
+    assert shapes(branch)["k"] == f"[N,{width}]"
+    assert shapes(branch)["a"].startswith(f"[{width},")
+    assert model.graph.node(0).outputs[0].dtype == ir.DataType.FLOAT
 
 
 def test_a_foreign_operator_keeps_its_note() -> None:

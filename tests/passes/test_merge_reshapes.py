@@ -30,12 +30,14 @@ def ints(*values: int) -> Array:
         ("Flatten(x)", "2, 3, 4", ints(-1, 0), ints(-1, 12)),
         ("Flatten(x)", "N, 3, 4", ints(0, 3, 4), ints(-1, 3, 4)),
         ("Flatten(x)", "N, 3, 4", ints(-1, 3, 4), ints(-1, 3, 4)),
+        ("Flatten(x)", "N, 3, 4", ints(0, -1, 4), ints(0, -1, 4)),
+        ("Squeeze(x, p)", "N, 1, M", ints(0, 0), ints(0, -1)),
     ],
 )
 def test_a_reshape_of_the_reshaped(first: str, shape: str, target: Array, merged: Array) -> None:
     weights: dict[str, Array] = {"s": target}
     if "p" in first:
-        weights["p"] = ints(0) if "Uns" in first else ints(6, 4)
+        weights["p"] = {"U": ints(0), "S": ints(1), "R": ints(6, 4)}[first[0]]
     model = build(f"g (float[{shape}] x) => (float[] y) {{ a = {first} y = Reshape(a, s) }}", **weights)
     after, outcome = rewritten(model, RULE)
     assert operators(after) == ["Reshape"]
@@ -90,10 +92,9 @@ def test_no_pair(body: str, weights: Mapping[str, Array]) -> None:
 
 @pytest.mark.parametrize("target", [ints(0, -1, 4), ints(0, 0)], ids=["one to infer already", "two"])
 def test_copies_of_what_is_not_known(target: Array) -> None:
-    first = "Flatten(x)" if target.size > 2 else "Squeeze(x, k)"
-    shape = "N, 3, 4" if target.size > 2 else "N, 1, M"
-    weights = {"s": target} if target.size > 2 else {"s": target, "k": ints(1)}
-    model = build(f"g (float[{shape}] x) => (float[] y) {{ a = {first} y = Reshape(a, s) }}", **weights)
+    shape = "1, N, 12" if target.size > 2 else "1, N, M"
+    body = "a = Squeeze(x, k) y = Reshape(a, s)"
+    model = build(f"g (float[{shape}] x) => (float[] y) {{ {body} }}", s=target, k=ints(0))
     assert refusal(model, RULE) == UNKNOWN
 
 

@@ -725,7 +725,7 @@ REFUSED = [
     ("Softmax", net("b = Softmax<axis = 0>(a)", opset=12)),
     ("LRN", net("b = LRN<size = 3>(a)")),
     ("ArgMax", net("b = Relu(a) m = ArgMax<axis = 1>(b)")),
-    ("ReduceMean", net("b = ReduceMean<axes = [1]>(a)", "y = Conv(b, w2)", 17, w2=floats(4, 1, 1, 1))),
+    ("ReduceMax", net("b = ReduceMax<axes = [1]>(a)", "y = Conv(b, w2)", 17, w2=floats(4, 1, 1, 1))),
     ("LayerNormalization", net("b = LayerNormalization<axis = 1>(a, s)", s=floats(8, 8, 8))),
     (
         "GroupNormalization",
@@ -790,8 +790,7 @@ REFUSED = [
             wg=floats(8, 4, 1, 1),
         ),
     ),
-    ("MatMul of two activations", net("t = Transpose<perm = [0, 1, 3, 2]>(x) b = MatMul(a, a)")),
-    ("MatMul weight is not a matrix", net("b = MatMul(a, w)", w=floats(8, 8, 8))),
+    ("MatMul of a value and itself", net("b = MatMul(a, a)")),
     (
         "bias is not per channel",
         net("f = Flatten(a) y = Gemm(f, w, k)", "", w=floats(512, 1), k=floats(1, 4)),
@@ -831,7 +830,7 @@ def test_refused_without_shapes() -> None:
 def test_refused_where_a_computed_shape_may_name_the_channels() -> None:
     model = fed("t = Concat<axis = 0>(n, c, hw) b = Reshape(a, t)", "int64[1] c", n=ints(-1), hw=ints(6, 6))
     by("Reshape", model).outputs[0].shape = ir.Shape(["N", 8, 6, 6])
-    assert refusal(model, PASS) == "Reshape to a computed shape"
+    assert refusal(model, PASS) == "Reshape"
 
 
 SILENT = {

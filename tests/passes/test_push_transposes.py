@@ -98,6 +98,7 @@ BETWEEN = {
     "b = Unsqueeze(r, i1)",
     "dropped and back": "m = ReduceMax<axes = [-2], keepdims = 0>(a) r = Relu(m) b = Unsqueeze(r, i2)",
     "gathered one": "m = Gather<axis = 2>(a, one) b = Unsqueeze(m, i2)",
+    "put back by a scalar": "m = Gather<axis = 1>(a, one) b = Unsqueeze(m, one)",
     "gate": "m = ReduceMean<axes = [1, 2], keepdims = 1>(a) s = Sigmoid(m) b = Mul(a, s)",
     "index": "m = ArgMax<axis = 1, keepdims = 1>(a) f = Cast<to = 1>(m) b = Add(a, f)",
 }

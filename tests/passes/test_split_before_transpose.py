@@ -50,9 +50,22 @@ def test_a_reshape_that_does_not_split_stays() -> None:
     assert refusal(model, PASS) == "the Reshape merges axes"
 
 
+def test_what_is_not_known_is_copied_where_it_stays() -> None:
+    """Queries of as many tokens and samples as there are: tokens come first on both sides."""
+    body = "m = Reshape(x, a) t = Transpose<perm = [1, 0, 2]>(m) s = Reshape(t, b) y = Relu(s)"
+    model = build(f"g (float[T, N, 24] x, int64[4] b) => (float[] y) {{ {body} }}", a=ints(0, -1, 6))
+    model.graph.node(2).outputs[0].shape = ir.Shape(["N", 4, "T", 6])
+    after, _ = rewritten(model, PASS, {"x": np.ones((5, 3, 24), np.float32), "b": ints(3, 4, 5, 6)})
+    MergeReshapes().apply(after)
+    assert operators(after) == ["Reshape", "Transpose", "Relu"]
+    assert constants(after).popitem()[1].tolist() == [0, -1, 4, 6]
+
+
 def test_two_free_sizes_stay() -> None:
-    model = net("float[N, M, 4, 6]", ints(0, 0, 24), [1, 0, 2], ints(0, 0, 4, 6))
-    assert refusal(model, PASS) == "the Reshape copies a dimension that is not known"
+    body = "m = Reshape(x, a) t = Transpose<perm = [1, 0, 2]>(m) s = Reshape(t, b) y = Relu(s)"
+    model = build(f"g (float[N, A, B, 6] x, int64[4] b) => (float[] y) {{ {body} }}", a=ints(0, -1, 6))
+    model.graph.node(2).outputs[0].shape = ir.Shape(["A", "B", "N", 6])
+    assert refusal(model, PASS) == "the Reshape makes two dimensions that are not known"
 
 
 def test_other_users() -> None:
