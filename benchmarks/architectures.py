@@ -607,6 +607,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     }
 )
 
+TRANSFORMERS = ("encoder", "vit")
+"""Those with a width of their own, through all layers, which norms run over."""
+
 
 def randomize(module: nn.Module, seed: int) -> None:
     """Weights after He et al. (2015), and norms with scales, shifts, means and variances as if trained."""

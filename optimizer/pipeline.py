@@ -13,6 +13,7 @@ import onnx_ir as ir
 from edgewise.optimizer.bisection import replay
 from edgewise.optimizer.comparison import relative
 from edgewise.passes.base import Contract, Pass, PassError, graphs_of
+from edgewise.passes.purity import drawn_outputs
 from edgewise.passes.verify import Signature, check
 from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import Evaluator, Feed
@@ -63,8 +64,8 @@ class Reference:
     """The original model: its signature, and its outputs on the feeds that every step is checked on.
 
     How far its outputs move when onnxruntime's own graph optimizations are switched off says how much
-    of a difference is rounding; outputs that then differ altogether are random, and only their types
-    and shapes are checked.
+    of a difference is rounding; outputs that then differ altogether are random, as are those that depend on
+    a random operator, and only their types and shapes are checked.
     """
 
     def __init__(self, model: ir.Model, feeds: Iterable[Feed], *, threads: int | None = None) -> None:
@@ -73,7 +74,8 @@ class Reference:
         self._threads = threads
         self._expected = self._outputs(model)
         rounding = self._errors(self._plain_outputs(model))
-        self.random = frozenset(name for name, error in rounding.items() if error > _RANDOM)
+        restless = frozenset(name for name, error in rounding.items() if error > _RANDOM)
+        self.random = restless | drawn_outputs(model)
         own = max((error for name, error in rounding.items() if name not in self.random), default=0.0)
         self.tolerance = max(_tolerance(model), 2 * own)
 

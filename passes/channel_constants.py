@@ -17,6 +17,7 @@ from edgewise.passes.channel_mixing import Mixing as Mixing
 from edgewise.passes.channel_mixing import is_padded as is_padded
 from edgewise.passes.channel_mixing import mixings, weight_of
 from edgewise.passes.channel_moves import pad_widths
+from edgewise.passes.channel_products import V, attended, head_axis
 from edgewise.passes.channel_recurrent import CELLS, STATES, X, zero_units
 from edgewise.passes.channel_rules import MIXERS, POOLS
 from edgewise.passes.channels import ChannelGraph
@@ -154,6 +155,15 @@ def _recurrent(view: NodeView, slot: Slot, links: Sequence[Link], known: Constan
     return zero_units(view, known.at(view.slot(X, 2)), begun)
 
 
+def _attention(view: NodeView, slot: Slot, links: Sequence[Link], known: Constants) -> Floats | None:
+    """Zero where the values that are averaged are, whatever their weights."""
+    found = known.get(view.slot(V, slot.axis))
+    if found is None:
+        return None
+    zero = found == 0 if slot.axis != head_axis(view) else found[attended(view)] == 0
+    return np.where(zero, 0.0, np.nan)
+
+
 def _layer_norm(view: NodeView, slot: Slot, links: Sequence[Link], known: Constants) -> Floats | None:
     """The shift, where nothing is scaled; of an axis that passes through nothing."""
     if links:
@@ -195,7 +205,7 @@ _CARRIERS = op_types(
     "Cast Concat DepthToSpace Dropout Expand Flatten Gather Identity ReduceMax ReduceMean ReduceMin Reshape "
     "Resize Slice SpaceToDepth Split Squeeze Transpose Unsqueeze Upsample"
 )
-_SUMMERS = op_types("ReduceL1 ReduceL2 ReduceSum ReduceSumSquare LpPool GlobalLpPool")
+_SUMMERS = op_types("RotaryEmbedding ReduceL1 ReduceL2 ReduceSum ReduceSumSquare LpPool GlobalLpPool")
 
 CONSTANTS: Mapping[str, Rule] = MappingProxyType(
     {
@@ -204,6 +214,7 @@ CONSTANTS: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys(_SUMMERS, _zeros),
         **dict.fromkeys(MIXERS, _mixed),
         **dict.fromkeys(CELLS, _recurrent),
+        "Attention": _attention,
         "AveragePool": _average_pool,
         "BatchNormalization": _batch_norm,
         "InstanceNormalization": _instance_norm,

@@ -21,7 +21,7 @@ from edgewise.passes.channel_links import (
     op_types,
 )
 from edgewise.passes.channel_norms import layer_norm, reduction, rms_norm
-from edgewise.passes.channel_products import product
+from edgewise.passes.channel_products import attention, product, rotary
 from edgewise.passes.channel_recurrent import CELLS, recurrent
 from edgewise.passes.graph import attribute, constant_of
 from edgewise.passes.linear import set_constant
@@ -226,11 +226,13 @@ RULES: Mapping[str, CouplingRule] = MappingProxyType(
         **dict.fromkeys(REDUCTIONS, reduction),
         **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), _before_axis),
         **dict.fromkeys(CELLS, recurrent),
+        "Attention": attention,
         "BatchNormalization": _batch_norm,
         "Dropout": _dropout,
         "InstanceNormalization": lambda view: _normalized(view, 2),
         "LayerNormalization": layer_norm,
         "RMSNormalization": rms_norm,
+        "RotaryEmbedding": rotary,
         "SimplifiedLayerNormalization": rms_norm,  # onnxruntime's, in the default domain
     }
 )

@@ -18,11 +18,30 @@ def is_pure(node: ir.Node) -> bool:
     Of operators outside the standard nothing is known, so they do not count as pure. A random operator
     with a seed does not either: a runtime may let the state of its generator go on from run to run.
     """
-    if node.domain != "" or node.op_type in _RANDOM:
+    if node.domain != "" or any(attr.type in _BODIES for attr in node.attributes.values()):
         return False
-    if any(attr.type in _BODIES for attr in node.attributes.values()):
-        return False
-    return node.op_type != "Dropout" or not _may_train(node)
+    return not _draws(node)
+
+
+def drawn_outputs(model: ir.Model) -> frozenset[str]:
+    """The names of the outputs that depend on a random operator of the standard; a call may change them."""
+    drawn = set[ir.Value]()
+    for node in model.graph:
+        inside = [node, *(n for body in _bodies(node) for n in body.all_nodes())]
+        if any(_draws(n) or not drawn.isdisjoint(v for v in n.inputs if v is not None) for n in inside):
+            drawn.update(node.outputs)
+    return frozenset(v.name for v in model.graph.outputs if v in drawn and v.name)
+
+
+def _bodies(node: ir.Node) -> list[ir.Graph]:
+    attributes = [attr for attr in node.attributes.values() if attr.type in _BODIES and not attr.is_ref()]
+    single = [attr.as_graph() for attr in attributes if attr.type == ir.AttributeType.GRAPH]
+    return [*single, *(g for a in attributes if a.type == ir.AttributeType.GRAPHS for g in a.as_graphs())]
+
+
+def _draws(node: ir.Node) -> bool:
+    """Whether a node of the standard draws random numbers."""
+    return node.domain == "" and (node.op_type in _RANDOM or (node.op_type == "Dropout" and _may_train(node)))
 
 
 def _may_train(node: ir.Node) -> bool:

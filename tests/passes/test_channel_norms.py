@@ -129,15 +129,19 @@ def test_the_width_of_a_model(first: bool) -> None:
     assert "Gather" not in operators(after)
 
 
-def test_few_channels_are_not_worth_it() -> None:
-    """One of eight: the Pad and the Slice would cost more than it saves."""
-    model = net(NORM, w1=floats(6, 8, dead=[4]), b1=floats(8, dead=[4]))
-    assert refusal(model, PASS) == FEW
+WIDE = {"w1": floats(6, 16), "b1": floats(16), "g": floats(16), "s": floats(16), "w2": floats(16, 4)}
 
 
-def test_few_results_are_not_worth_it() -> None:
-    held = {"w1": floats(6, 8), "b1": floats(8), "g": floats(8, dead=[4]), "s": floats(8, dead=[4])}
-    assert refusal(net(NORM, **held), PASS) == FEW
+@pytest.mark.parametrize("names", [("w1", "b1"), ("g", "s")])
+def test_few_channels_are_not_worth_it(names: tuple[str, ...]) -> None:
+    """One of sixteen, before the norm or behind it: more nodes would cost more than it saves."""
+    few, more = (
+        WIDE
+        | {name: np.where(np.isin(np.arange(16), dead), 0, WIDE[name]).astype(np.float32) for name in names}
+        for dead in ([4], [4, 9])
+    )
+    assert refusal(net(NORM, **few), PASS) == FEW
+    assert PASS.apply(net(NORM, **more)).edits == 2
 
 
 def test_constants_stay() -> None:

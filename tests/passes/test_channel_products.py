@@ -256,28 +256,6 @@ def test_a_product_of_a_value_and_itself() -> None:
     assert refusal(model(text, wm=weight, wo=floats(6, 6)), PASS) == "MatMul of a value and itself"
 
 
-@given(st.data(), st.integers(0, 2**16))
-@settings(deadline=None, derandomize=True, max_examples=40)
-def test_any_heads(data: st.DataObject, seed: int) -> None:
-    """Any heads and any numbers of them zero, in queries, keys, values and in what reads them."""
-    rng = np.random.default_rng(seed)
-    held = separate() | {"wo": floats(HEADS * SIZE, 6)}
-    for name in ("wq", "wk", "wv", "wo"):
-        array = held[name] if name == "wo" else held[name].T
-        apart = array.reshape(HEADS, SIZE, -1).copy()
-        if data.draw(st.booleans()):
-            apart[rng.random(HEADS) < 0.5] = 0
-        if data.draw(st.booleans()):
-            apart[:, rng.random(SIZE) < 0.5] = 0
-        flat = apart.reshape(array.shape)
-        held[name] = flat if name == "wo" else flat.T.copy()
-        if name != "wo":
-            held[name.replace("w", "b")] = np.where(flat.any(1), held[name.replace("w", "b")], 0).astype(
-                np.float32
-            )
-    rewritten(model(SEPARATE + CORE, **held | {"bo": np.full(6, 3, np.float32)}), PASS)
-
-
 def test_nothing_is_left_behind() -> None:
     """The list of sizes that is put together anew takes the place of the old one."""
     spread, _ = REPEATED["put together"]
@@ -293,3 +271,117 @@ def test_nothing_is_left_behind() -> None:
     assert outcome.edits == 2
     assert operators(after).count("Concat") == 1
     assert widths(after)["w"] == (6, 3)
+
+
+def one_operator(
+    query: int, few: int, attributes: str = "", operands: str = "", flat: bool = False, **held: Array
+) -> ir.Model:
+    """Attention as one operator, over heads on an axis of their own or in runs of the last one."""
+    text = "".join(f"m{n} = MatMul(x, w{n}) a{n} = Add(m{n}, b{n}) " for n in "qkv")
+    if flat:
+        counts = f"q_num_heads = {query}, kv_num_heads = {few}{attributes}"
+        text += f"f = Attention<{counts}>(aq, ak, av{operands}) o = MatMul(f, wo) y = Add(o, bo)"
+        return model(text, 23, **held)
+    for name, shape in (("q", "many"), ("k", "few"), ("v", "few")):
+        text += f"r{name} = Reshape(a{name}, {shape}) {name} = Transpose<perm = [0, 2, 1, 3]>(r{name}) "
+    text += f"c = Attention{f'<{attributes[2:]}>' if attributes else ''}(q, k, v{operands}) "
+    sizes = {"many": ints(0, 0, query, SIZE), "few": ints(0, 0, few, SIZE), "back": ints(0, 0, query * SIZE)}
+    return model(f"{text} t = Transpose<perm = [0, 2, 1, 3]>(c) {OUT}", 23, **sizes, **held)
+
+
+@pytest.mark.parametrize("attributes", ["", ", is_causal = 1, scale = 0.3"])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("few", [HEADS, 2])
+def test_the_operator(few: int, flat: bool, attributes: str) -> None:
+    dead = DEAD if few == HEADS else [1]
+    held = projection("q", dead=[]) | projection("k", few, []) | projection("v", few, dead)
+    after, outcome = rewritten(one_operator(HEADS, few, attributes, flat=flat, **held), PASS)
+    assert not outcome.refused
+    kept = few - len(dead)
+    assert widths(after) | {"wq": (6, 6), "wk": (6, 3 * kept), "bv": (3 * kept,), "wo": (6, 6)} == widths(
+        after
+    )
+    (node,) = [n for n in after.graph if n.op_type == "Attention"]
+    if flat:
+        assert (node.attributes["q_num_heads"].value, node.attributes["kv_num_heads"].value) == (2, kept)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("shape", [(TOKENS, TOKENS), (HEADS, TOKENS, TOKENS), (1, HEADS, TOKENS, TOKENS)])
+def test_masks_of_the_operator(shape: tuple[int, ...], flat: bool) -> None:
+    held = {k: a for n in "qkv" for k, a in projection(n).items()} | {"mask": floats(*shape)}
+    after, _ = rewritten(one_operator(HEADS, HEADS, operands=", mask", flat=flat, **held), PASS)
+    assert widths(after) | {"wq": (6, 6), "wo": (6, 6)} == widths(after)
+    assert HEADS not in constants(after)["mask"].shape
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_one_head_of_values_for_all(flat: bool) -> None:
+    """What it is zero in could leave every head, but only as long as heads are an axis of their own."""
+    held = projection("q", dead=[]) | projection("k", 1, []) | projection("v", 1, [])
+    held["wv"][:, 1], held["bv"][1] = 0, 0
+    unread = floats(HEADS, SIZE, 6)
+    unread[DEAD] = 0
+    after, _ = rewritten(one_operator(HEADS, 1, flat=flat, **held, wo=unread.reshape(-1, 6)), PASS)
+    assert widths(after) | {"wq": (6, 6), "wk": (6, SIZE), "wv": (6, SIZE), "wo": (6, 6)} == widths(after)
+
+
+def test_rotated_heads() -> None:
+    """Queries and keys are turned in pairs of numbers, of every head alike."""
+    held = {k: a for n in "qkv" for k, a in projection(n).items()}
+    angles = {"cos": floats(1, TOKENS, 1), "sin": floats(1, TOKENS, 1)}
+    text = "".join(f"m{n} = MatMul(x, w{n}) a{n} = Add(m{n}, b{n}) " for n in "qkv")
+    for name in "qkv":
+        text += f"r{name} = Reshape(a{name}, many) {name}0 = Transpose<perm = [0, 2, 1, 3]>(r{name}) "
+    for name in "qk":
+        text += f"{name} = RotaryEmbedding<rotary_embedding_dim = 2>({name}0, cos, sin) "
+    text += f"c = Attention(q, k, v0) t = Transpose<perm = [0, 2, 1, 3]>(c) {OUT}"
+    sizes = {"many": ints(0, 0, HEADS, SIZE), "back": ints(0, 0, HEADS * SIZE)}
+    graph = f"g (float[1, {TOKENS}, 6] x) => (float[] y) {{ {text} }}"
+    made = build(graph, 23, **sizes, **held, **angles, wo=floats(HEADS * SIZE, 6), bo=floats(6))
+    after, outcome = rewritten(made, PASS, {"x": floats(1, TOKENS, 6)})
+    assert outcome.edits == 2
+    assert widths(after) | {"wq": (6, 6), "wo": (6, 6)} == widths(after)
+
+
+def test_a_cache_of_keys_and_values() -> None:
+    """Its heads come from outside."""
+    text = "".join(f"m{n} = MatMul(x, w{n}) a{n} = Add(m{n}, b{n}) " for n in "qkv")
+    counts = f"q_num_heads = {HEADS}, kv_num_heads = {HEADS}"
+    text += f"f, nk, nv = Attention<{counts}>(aq, ak, av, , pk, pv) o = MatMul(f, wo) y = Add(o, bo)"
+    cache = f"float[N, {HEADS}, P, {SIZE}] pk, float[N, {HEADS}, P, {SIZE}] pv"
+    declared = (
+        f"(float[N, {TOKENS}, 6] x, {cache}) => (float[] y, float[N, 4, A, 3] nk, float[N, 4, A, 3] nv)"
+    )
+    held = {k: a for n in "qkv" for k, a in projection(n).items()} | {"wo": floats(12, 6), "bo": floats(6)}
+    assert (
+        refusal(build(f"g {declared} {{ {text} }}", 23, **held), PASS)
+        == "Attention gives more than its result"
+    )
+
+
+@given(st.data(), st.integers(0, 2**16))
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_any_heads(data: st.DataObject, seed: int) -> None:
+    """Any heads and any numbers of them zero, in queries, keys, values and in what reads them."""
+    rng = np.random.default_rng(seed)
+    held = {key: array for name in "qkv" for key, array in projection(name, dead=[]).items()}
+    held |= {"wo": floats(HEADS * SIZE, 6), "bo": np.full(6, 3, np.float32)}
+    for name in ("wq", "wk", "wv", "wo"):
+        array = held[name] if name == "wo" else held[name].T
+        apart = array.reshape(HEADS, SIZE, -1).copy()
+        if data.draw(st.booleans()):
+            apart[rng.random(HEADS) < 0.5] = 0
+        if data.draw(st.booleans()):
+            apart[:, rng.random(SIZE) < 0.5] = 0
+        flat = apart.reshape(array.shape)
+        held[name] = flat if name == "wo" else flat.T.copy()
+        if name != "wo":
+            held[name.replace("w", "b")] = np.where(flat.any(1), held[name.replace("w", "b")], 0).astype(
+                np.float32
+            )
+    form = data.draw(st.sampled_from(["written out", "operator", "flat"]))
+    if form == "written out":
+        rewritten(model(SEPARATE + CORE, **held | APART), PASS)
+    else:
+        rewritten(one_operator(HEADS, HEADS, flat=form == "flat", **held), PASS)
