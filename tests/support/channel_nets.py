@@ -197,9 +197,33 @@ def saturated(net: Net, v: Value, pick: Callable[[int], int]) -> Value:
     return net.node(ends[pick(4)].format(y.name), 4, v.size)
 
 
+def normed(net: Net, v: Value, pick: Callable[[int], int]) -> Value:
+    """A norm over the channels of every pixel, as ConvNeXt has it."""
+    last = net.node(f"Transpose<perm = [0, 2, 3, 1]>({v.name})", v.channels, v.size)
+    scale, shift = net.constant(net.vector(v.channels)), net.constant(net.vector(v.channels))
+    norm = net.node(f"LayerNormalization<epsilon = 0.5>({last.name}, {scale}, {shift})", v.channels, v.size)
+    return net.node(f"Transpose<perm = [0, 3, 1, 2]>({norm.name})", v.channels, v.size)
+
+
+def attention(net: Net, v: Value, pick: Callable[[int], int]) -> Value:
+    """Two heads, of which each averages the pixels of its channels."""
+    if v.channels % 2:
+        return v
+    apart = net.constant(np.array([0, 2, v.channels // 2, v.size**2]))
+    together = net.constant(np.array([0, v.channels, v.size, v.size]))
+    q, k, values = (
+        net.node(f"Reshape({conv_of_same_shape(net, v).name}, {apart})", v.channels, v.size) for _ in range(3)
+    )
+    turned = net.node(f"Transpose<perm = [0, 1, 3, 2]>({k.name})", v.channels, v.size)
+    scores = net.node(f"MatMul({turned.name}, {q.name})", v.channels, v.size)
+    weights = net.node(f"Softmax<axis = 2>({scores.name})", v.channels, v.size)
+    mean = net.node(f"MatMul({values.name}, {weights.name})", v.channels, v.size)
+    return net.node(f"Reshape({mean.name}, {together})", v.channels, v.size)
+
+
 LAYERS = (
     conv, conv, conv, norm, activation, activation, pool, gate, scaled, split, window, shuffle, residual,
-    joined, padded, conv_transpose, channels_last, saturated, saturated,
+    joined, padded, conv_transpose, channels_last, saturated, saturated, normed, attention,
 )  # fmt: skip
 
 
