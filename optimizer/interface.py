@@ -200,10 +200,6 @@ def _text(value: ir.Value) -> str:
     return f"{value.type.dtype.numpy()} [{dims}]"
 
 
-def _normalization(given: Preprocess) -> dict[str, object]:
-    return {"scale": given.scale, "mean": given.mean, "std": given.std}
-
-
 def _dropped(original: ir.Model, specs: Sequence[TensorSpec]) -> list[TensorSpec]:
     """The inputs of the original that are not in `specs`."""
     names = {spec.name for spec in specs}

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, get_type_hints
@@ -98,12 +98,17 @@ def graphs_of(model: ir.Model) -> list[ir.Graph]:
     found = [model.graph]
     for graph in found:
         for node in graph:
-            for attr in node.attributes.values():
-                if attr.type == ir.AttributeType.GRAPH and not attr.is_ref():
-                    found.append(attr.value)
-                elif attr.type == ir.AttributeType.GRAPHS and not attr.is_ref():
-                    found.extend(attr.value)
+            found.extend(bodies_of(node))
     return found
+
+
+def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs in a node's attributes; a parameter of a function is filled in where it is called."""
+    for attr in node.attributes.values():
+        if attr.type == ir.AttributeType.GRAPH and not attr.is_ref():
+            yield attr.value  # `as_graph` checks what is known here, for every node of every walk
+        elif attr.type == ir.AttributeType.GRAPHS and not attr.is_ref():
+            yield from attr.value
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
-from edgewise.passes.base import Outcome, Pass
+from edgewise.passes.base import Outcome, Pass, bodies_of
 from edgewise.passes.graph import opset, release_bodies
 
 # The number of outputs of these chooses between training and inference in some operator set.
@@ -44,18 +43,12 @@ def _clean(graph: ir.Graph, version: int) -> int:
     for node in reversed(graph):
         if any(v.uses() or v.is_graph_output() for v in node.outputs):
             edits += _cut_outputs(node, version)
-            edits += sum(_clean(body, version) for body in _bodies(node))
+            edits += sum(_clean(body, version) for body in bodies_of(node))
         else:
             release_bodies(node)
             graph.remove(node, safe=True)
             edits += 1
     return edits + _drop_initializers(graph)
-
-
-def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
-    for attr in node.attributes.values():
-        if attr.type == ir.AttributeType.GRAPH and not attr.is_ref():
-            yield attr.as_graph()
 
 
 def _drop_initializers(graph: ir.Graph) -> int:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from edgewise.passes import graph as rewiring
 from edgewise.passes.base import Outcome, Pass, Refused, Rule
 from edgewise.passes.graph import Array, attribute, constant_of, new_initializer, new_node, only_user, opset
+from edgewise.passes.linear import rank_of
 from edgewise.passes.pattern import (
     Constant,
     Match,
@@ -112,7 +113,7 @@ class _Activation:
             raise Refused(f"{self.op_type} is slower in onnxruntime than what it is written as")
         if any(only_user(value) is None for value in self.inner):
             raise Refused("a value inside the pattern has another user")
-        Match(number_rank=self.number_rank).check_rank(_rank(self.source))
+        Match(number_rank=self.number_rank).check_rank(rank_of(self.source))
         if self.slope is not None and not _broadcasts(self.slope, self.source):
             raise Refused("the slope does not fit the data")
 
@@ -150,10 +151,6 @@ class _Fusion(Rule):
         activation.check(self.version, self.always)
         activation.write(node)
         return True
-
-
-def _rank(value: ir.Value) -> int | None:
-    return None if value.shape is None else value.shape.rank()
 
 
 def _dtype(value: ir.Value) -> np.dtype[Any]:

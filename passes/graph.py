@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from edgewise.passes.base import Refused
+from edgewise.passes.base import Refused, bodies_of
 
 Array = npt.NDArray[Any]
 
@@ -123,11 +123,7 @@ def _value_names(graph: ir.Graph) -> set[str]:
     names = {*graph.initializers, *(v.name for v in graph.inputs if v.name)}
     for node in graph:
         names.update([v.name for v in node.outputs if v.name])
-        for attr in node.attributes.values():
-            if attr.type == ir.AttributeType.GRAPH:
-                names |= _value_names(attr.as_graph())
-            elif attr.type == ir.AttributeType.GRAPHS:
-                names = names.union(*map(_value_names, attr.as_graphs()))
+        names.update(*map(_value_names, bodies_of(node)))
     return names
 
 
@@ -222,11 +218,10 @@ def remove_if_unused(node: ir.Node) -> None:
 
 def release_bodies(node: ir.Node) -> None:
     """Let go of what the bodies of `node` read, so that a removed If or Loop counts as no user any more."""
-    for attr in node.attributes.values():
-        if attr.type == ir.AttributeType.GRAPH and not attr.is_ref():
-            for inner in attr.as_graph().all_nodes():
-                for i in range(len(inner.inputs)):
-                    inner.replace_input_with(i, None)
+    for body in bodies_of(node):
+        for inner in body.all_nodes():
+            for i in range(len(inner.inputs)):
+                inner.replace_input_with(i, None)
 
 
 def drop_unused_initializer(value: ir.Value) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from edgewise.passes.base import bodies_of
 from edgewise.passes.graph import constant_of
 
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
-_BODIES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 
 
 def is_pure(node: ir.Node) -> bool:
@@ -18,7 +18,7 @@ def is_pure(node: ir.Node) -> bool:
     Of operators outside the standard nothing is known, so they do not count as pure. A random operator
     with a seed does not either: a runtime may let the state of its generator go on from run to run.
     """
-    if node.domain != "" or any(attr.type in _BODIES for attr in node.attributes.values()):
+    if node.domain != "" or any(bodies_of(node)):
         return False
     return not _draws(node)
 
@@ -27,16 +27,10 @@ def drawn_outputs(model: ir.Model) -> frozenset[str]:
     """The names of the outputs that depend on a random operator of the standard; a call may change them."""
     drawn = set[ir.Value]()
     for node in model.graph:
-        inside = [node, *(n for body in _bodies(node) for n in body.all_nodes())]
+        inside = [node, *(n for body in bodies_of(node) for n in body.all_nodes())]
         if any(_draws(n) or not drawn.isdisjoint(v for v in n.inputs if v is not None) for n in inside):
             drawn.update(node.outputs)
     return frozenset(v.name for v in model.graph.outputs if v in drawn and v.name)
-
-
-def _bodies(node: ir.Node) -> list[ir.Graph]:
-    attributes = [attr for attr in node.attributes.values() if attr.type in _BODIES and not attr.is_ref()]
-    single = [attr.as_graph() for attr in attributes if attr.type == ir.AttributeType.GRAPH]
-    return [*single, *(g for a in attributes if a.type == ir.AttributeType.GRAPHS for g in a.as_graphs())]
 
 
 def _draws(node: ir.Node) -> bool:

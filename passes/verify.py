@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from edgewise.passes.base import PassError
+from edgewise.passes.base import PassError, bodies_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _check_graph(graph: ir.Graph, outer: frozenset[ir.Value]) -> set[ir.Value]:
             if source is not None and source not in known:
                 raise PassError(f"{node.op_type} {node.name!r} reads {source.name!r} before it is produced")
         read = {v for v in node.inputs if v is not None}
-        read.update(*(_check_graph(body, frozenset(known)) for body in _bodies(node)))
+        read.update(*(_check_graph(body, frozenset(known)) for body in bodies_of(node)))
         captured |= read & outer
         for value in node.outputs:
             if value.name:  # an optional output that is left out has no name
@@ -90,14 +89,3 @@ def _check_graph(graph: ir.Graph, outer: frozenset[ir.Value]) -> set[ir.Value]:
     if hidden := sorted(v.name or "" for v in captured if v.name in names):
         raise PassError(f"{graph.name!r} reads {hidden[0]!r} of an enclosing graph, and hides it")
     return captured
-
-
-def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
-    """The graphs in a node's attributes; a parameter of a function is filled in where it is called."""
-    for attr in node.attributes.values():
-        if attr.is_ref():
-            continue
-        if attr.type == ir.AttributeType.GRAPH:
-            yield attr.as_graph()
-        elif attr.type == ir.AttributeType.GRAPHS:
-            yield from attr.as_graphs()
