@@ -1,11 +1,13 @@
 """Time and memory of calibration, beside plain inference and onnxruntime's own calibrators.
 
-    python benchmarks/calibration.py [MODEL.onnx ...] [--few 16] [--many 256]
+    python benchmarks/calibration.py [MODEL.onnx | NETWORK ...] [--few 16] [--many 256] [--alone]
 
-Without arguments: three models of the corpus that EDGEWISE_CORPUS names. Models go through the exact
+Without arguments: three models of the corpus that EDGEWISE_CORPUS names, and ResNet-50 with seeded weights; a
+NETWORK is one of `architectures.py`. Models go through the exact
 passes first, as they do before they are quantized. Every figure comes from a process of its own, on the
 same seeded samples. `x plain` is the time until the ranges are known over that of
-running the model on the same samples, sessions opened in both. Peak memory is that of the whole process.
+running the model on the same samples, sessions opened in both; the figure after it, in brackets, is the
+same of processor time, which other processes disturb less. Peak memory is that of the whole process.
 onnxruntime's histogram calibrators keep all values of all samples; they are run with few samples and with
 twice as many, to show what a sample costs.
 """
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +37,7 @@ from edgewise.runtime.evaluate import Evaluator, Feed, TensorSpec, input_specs
 from edgewise.runtime.worker import resident_bytes
 
 DEFAULTS = ("squeezenet_fp32", "mnv2_100_224_tfqat_fp32", "cifar_resnet56")
+SEEDED = "resnet50"
 PEERS = ("MinMax", "Entropy", "Percentile")
 _REPEATS = 3
 _DISTINCT = 8  # samples; more would cost time to draw, which is not what is measured
@@ -84,27 +88,39 @@ def run_peer(path: Path, samples: Iterator[Feed], method: str) -> None:
 
 
 def child(path: Path, tool: str, method: str, count: int) -> None:
-    """One measurement, written as JSON: seconds and peak megabytes."""
+    """One measurement, written as JSON: seconds, processor seconds and peak megabytes."""
     samples = feeds(input_specs(ir.load(path)), count)
     first = next(samples)  # drawn before the clock starts
     samples = itertools.chain([first], samples)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     if tool == "plain":
         run_plain(path, samples)
     else:
         (run_edgewise if tool == "edgewise" else run_peer)(path, samples, method)
-    seconds = time.perf_counter() - start
-    print(json.dumps([seconds, resident_bytes()[1] / 2**20]))
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    print(json.dumps([seconds, cpu_seconds, resident_bytes()[1] / 2**20]))
 
 
-def measure(path: Path, tool: str, method: str, count: int) -> tuple[float, float]:
+class Cost(NamedTuple):
+    """What a run took."""
+
+    seconds: float
+    cpu_seconds: float
+    megabytes: float
+
+    def over(self, other: Cost) -> str:
+        return f"{self.seconds / other.seconds:5.2f} ({self.cpu_seconds / other.cpu_seconds:5.2f}) x plain"
+
+
+def measure(path: Path, tool: str, method: str, count: int) -> Cost:
     """The least time and the largest memory of some runs: what other processes add to either is noise."""
     command = [sys.executable, __file__, str(path), "--child", tool, method, str(count)]
     texts = [
         subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout for _ in range(_REPEATS)
     ]
     runs = [json.loads(text.splitlines()[-1]) for text in texts]  # the line after what the peers print
-    return min(seconds for seconds, _ in runs), max(megabytes for _, megabytes in runs)
+    seconds, cpu_seconds, megabytes = zip(*runs, strict=True)
+    return Cost(min(seconds), min(cpu_seconds), max(megabytes))
 
 
 def prepared(path: Path, folder: Path) -> Path:
@@ -116,18 +132,20 @@ def prepared(path: Path, folder: Path) -> Path:
     return folder / path.name
 
 
-def compare(path: Path, few: int, many: int) -> None:
+def compare(path: Path, few: int, many: int, *, alone: bool) -> None:
     print(f"\n{path.stem}")
     plain = {count: measure(path, "plain", "", count) for count in (few, 2 * few, many)}
     runs = [("plain", "", many)]
     runs += [("edgewise", method, many) for method in METHODS]
-    runs += [("onnxruntime", method, many if method == "MinMax" else 2 * few) for method in PEERS]
+    runs += [
+        ("onnxruntime", method, many if method == "MinMax" else 2 * few) for method in PEERS if not alone
+    ]
     for tool, method, more in runs:
         small, large = measure(path, tool, method, few), measure(path, tool, method, more)
         print(
-            f"  {tool:12}{method:11} {small[0] / plain[few][0]:6.2f} x plain at {few:3}, "
-            f"{large[0] / plain[more][0]:6.2f} at {more:3};  "
-            f"{small[1]:6.0f} MB at {few:3}, {large[1]:6.0f} at {more:3} ({large[1] / small[1]:.2f} x)",
+            f"  {tool:12}{method:11} {small.over(plain[few])} at {few:3}, "
+            f"{large.over(plain[more])} at {more:3};  {small.megabytes:6.0f} MB at {few:3}, "
+            f"{large.megabytes:6.0f} at {more:3} ({large.megabytes / small.megabytes:.2f} x)",
             flush=True,
         )
 
@@ -136,21 +154,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="*", type=Path)
+    parser.add_argument("models", nargs="*")
     parser.add_argument("--few", type=int, default=16)
     parser.add_argument("--many", type=int, default=256)
+    parser.add_argument("--alone", action="store_true", help="without onnxruntime's calibrators")
     parser.add_argument("--child", nargs=3, metavar=("TOOL", "METHOD", "COUNT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         tool, method, count = options.child
-        child(options.models[0], tool, method, int(count))
+        child(Path(options.models[0]), tool, method, int(count))
         return
     corpus = os.environ.get("EDGEWISE_CORPUS")
     if not options.models and corpus is None:
         parser.error("name models, or let EDGEWISE_CORPUS name the folder of the corpus")
-    for path in options.models or [Path(str(corpus), "models", f"{name}.onnx") for name in DEFAULTS]:
+    names = options.models or [
+        *(str(Path(str(corpus), "models", f"{name}.onnx")) for name in DEFAULTS),
+        SEEDED,
+    ]
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            compare(prepared(path, Path(folder)), options.few, options.many)
+            path = Path(name) if name.endswith(".onnx") else seeded(name, Path(folder, "seeded"))
+            compare(prepared(path, Path(folder)), options.few, options.many, alone=options.alone)
+
+
+def seeded(name: str, folder: Path) -> Path:
+    """The file of a network of `architectures.py`."""
+    from architectures import exported  # brings torch, whose memory must not count
+
+    return exported(name, "none", folder)
 
 
 if __name__ == "__main__":

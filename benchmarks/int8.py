@@ -1,191 +1,175 @@
-"""Static int8 on the corpus' trained classifiers: accuracy, size and latency beside onnxruntime's own.
+"""Static int8, everything that is promised of it, beside onnxruntime's own recipes.
 
-EDGEWISE_CORPUS=... python benchmarks/int8.py [--method minmax] [--samples 64] [--target cpu] [NAME ...]
+    EDGEWISE_CORPUS=... python benchmarks/int8.py [--rivals PYTHON] [--rows a,b,c,d,e,f] [--samples 128]
+        [--threads 1] [--max-seconds 30] [--images 1000] [--json FILE [--resume]] [--folder FOLDER] [NAME ...]
 
-Rivals: `quantize_static`, QDQ, u8 activations, s8 weights per channel, MinMax, the same samples, on the
-same model after the exact passes; with all 8 bits and with reduce_range. Accuracy is taken on data that
-nothing was calibrated with; latency in one paired run of all files.
+    a   latency against float, of all models of the corpus and of architectures with seeded weights
+    b   top-1 of the trained classifiers
+    c   the same after channels were rescaled so that coarse int8 breaks down
+    d   time and memory of calibration
+    e   what the file loses on a CPU without VNNI
+    f   seconds of the whole command
+
+`--rivals` names the Python of an environment with onnxruntime, onnx and sympy. Rivals get the same samples
+and the same original file. Names choose models. What is found is written to `--json` as it comes; with
+`--resume` only what is missing there, or failed, is done. Ctrl-C shows what there is.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import logging
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
-import numpy as np
-import onnx_ir as ir
-from corpus import Array, Classifier, Labelled, classifiers
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from rich.console import Console
-from rich.table import Table
+import collapse
+import uniform_int8
+from corpus import classifiers
+from int8_accuracy import accuracy_rows, accuracy_summary, collapse_rows, collapse_summary
+from int8_costs import (
+    calibration_rows,
+    calibration_summary,
+    command_rows,
+    portable_rows,
+    portable_summary,
+)
+from int8_jobs import Job, Ledger, Row, Setting
+from int8_latency import latency_rows, latency_summary
+from int8_nets import Net, nets
 
-from edgewise.calibration.collect import collect
-from edgewise.calibration.plan import QuantOptions, observed_values, plan
-from edgewise.calibration.target import target_of
-from edgewise.optimizer import files
-from edgewise.optimizer.pipeline import Reference, run_passes
-from edgewise.optimizer.recipe import Recipe
-from edgewise.passes.insert_qdq import InsertQdq
-from edgewise.runtime.conditions import Conditions
-from edgewise.runtime.errors import EdgewiseError
-from edgewise.runtime.evaluate import Evaluator, input_specs
-from edgewise.runtime.foreign import foreign_code
-from edgewise.runtime.latency import measure
+from edgewise.runtime.machine import describe
 
-COLUMNS = ("model", "file", "seconds", "KB", "top-1 %", "drop", "agrees %", "ms", "x float", "interval")
+_CALIBRATED = ("mnv2_100_224_tfqat_fp32", "squeezenet_fp32", "cifar_resnet56", "resnet50")
+_COMMANDED = ("mnv2_100_224_tfqat_fp32",)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--method", default="minmax")
-    parser.add_argument("--samples", type=int, default=64, help="images to calibrate with")
-    parser.add_argument("--images", type=int, default=1000, help="images to judge by, at most")
-    parser.add_argument("--target", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--max-seconds", type=float, default=20.0)
-    parser.add_argument("--no-latency", action="store_true")
-    options = parser.parse_args()
+    options = arguments()
     logging.getLogger().setLevel(logging.ERROR)
-    table = Table(*COLUMNS, title=f"int8 by {options.method}, {options.samples} samples")
-    for classifier in classifiers():
-        if not options.names or classifier.name in options.names:
-            for row in rows(classifier, options):
-                table.add_row(*row)
-            table.add_section()
-    Console(width=150).print(table)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        setting = Setting(
+            options.rivals, folder, options.samples, options.images, options.threads, options.max_seconds
+        )
+        ledger = Ledger(options.json, conditions(setting), resume=options.resume)
+        chosen = [(letter, PARTS[letter]) for letter in options.rows.split(",")]
+        try:
+            for letter, part in chosen:
+                ledger.run(Job(letter, name, run) for name, run in part.jobs(options.names, setting))
+        except KeyboardInterrupt:
+            print("interrupted: this is what there is", flush=True)
+        for letter, part in chosen:
+            ledger.show(letter, part.title, part.summary)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--rivals", metavar="PYTHON", default=sys.executable)
+    parser.add_argument("--rows", default=",".join(PARTS))
+    parser.add_argument("--samples", type=int, default=128, help="inputs to calibrate with")
+    parser.add_argument("--images", type=int, default=1000, help="labelled images to judge by, at most")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max-seconds", type=float, default=30.0, help="of every paired run")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--folder", type=Path, help="keeps exported nets and what was made of all")
+    options = parser.parse_args()
+    if unknown := set(options.rows.split(",")) - PARTS.keys():
+        parser.error(f"no row {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    return options
+
+
+def conditions(setting: Setting) -> dict[str, str]:
+    """What the figures depend on beside the code."""
+    return {
+        "machine": str(describe()),
+        "onnxruntime": importlib.metadata.version("onnxruntime"),
+        "the rivals' onnxruntime": uniform_int8.version(setting.rivals),
+        "threads": str(setting.threads),
+        "samples": str(setting.samples),
+    }
+
+
+Work = tuple[str, Callable[[], Sequence[Row]]]
 
 
 @dataclass(frozen=True)
-class Result:
-    """One file and how long it took to make."""
+class Part:
+    """One row of what is to be reached: its figures by name, and what they come to."""
 
-    path: Path
-    seconds: float
-
-
-def rows(classifier: Classifier, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-    """A row for each way of making an int8 file, the float file first."""
-    calibration, test = classifier.calibration(), classifier.test()
-    samples = list(calibration.every(max(1, len(calibration) // options.samples)))
-    test = test.every(-(-len(test) // options.images))
-    with tempfile.TemporaryDirectory() as folder:
-        made = make(classifier.path, samples, Path(folder), options)
-        results = {name: result for name, result in made.items() if isinstance(result, Result)}
-        classes = {name: answers(result.path, test) for name, result in results.items()}
-        speed = {} if options.no_latency else race(results, samples[0], options)
-        for name, result in made.items():
-            if isinstance(result, Result):
-                accuracy = quality(classes[name] - classifier.first_class, classes["float"], test, classifier)
-                size = f"{files.file_bytes(result.path) / 1024:,.0f}"
-                yield (classifier.name, name, f"{result.seconds:.1f}", size, *accuracy, *speed.get(name, ()))
-            else:
-                yield (classifier.name, name, result)
+    title: str
+    jobs: Callable[[Collection[str], Setting], Iterator[Work]]
+    summary: Callable[[Sequence[Row]], list[str]] = lambda rows: []
 
 
-def make(
-    path: Path, samples: list[Array], folder: Path, options: argparse.Namespace
-) -> dict[str, Result | str]:
-    """Every file by name; the reason where a rival fails."""
-    model = files.load(path)
-    feed = {input_of(model): samples[0]}
-    model, _ = run_passes(model, Recipe().chain, Reference(model, [feed]))
-    source = files.save(model, folder / "float.onnx")
-    ways: Mapping[str, Callable[[Path], None]] = {
-        "edgewise": lambda out: edgewise(model, samples, out, options),
-        "quantize_static": lambda out: static(source, samples, out, reduce_range=False),
-        "... reduce_range": lambda out: static(source, samples, out, reduce_range=True),
+def wanted(
+    names: Collection[str], setting: Setting, among: Collection[str] = ()
+) -> Iterator[tuple[str, Callable[[], Net]]]:
+    """The nets that were asked for, or all, and of these only some where only some count."""
+    for name, make in nets(setting.folder):
+        if (not names or name in names) and (not among or name in among):
+            yield name, make
+
+
+def on_net(
+    rows: Callable[[Net, Setting], Sequence[Row]], make: Callable[[], Net], setting: Setting
+) -> Sequence[Row]:
+    return rows(make(), setting)
+
+
+def latency_jobs(names: Collection[str], setting: Setting) -> Iterator[Work]:
+    for name, make in wanted(names, setting):
+        yield name, partial(on_net, latency_rows, make, setting)
+
+
+def accuracy_jobs(names: Collection[str], setting: Setting) -> Iterator[Work]:
+    labelled = {classifier.name: classifier for classifier in classifiers()}
+    for name, make in wanted(names, setting, labelled):
+        yield name, partial(on_net, partial(accuracy_rows, labelled[name]), make, setting)
+
+
+def collapse_jobs(names: Collection[str], setting: Setting) -> Iterator[Work]:
+    for c in classifiers():
+        if c.name in (names or collapse.NAMES):
+            yield c.name, partial(collapse_rows, c, setting)
+
+
+def portable_jobs(names: Collection[str], setting: Setting) -> Iterator[Work]:
+    for c in classifiers():
+        if not names or c.name in names:
+            yield c.name, partial(portable_rows, c, setting)
+
+
+def calibration_jobs(names: Collection[str], setting: Setting) -> Iterator[Work]:
+    for name, make in wanted(names, setting, _CALIBRATED):
+        yield name, partial(on_net, calibration_rows, make, setting)
+
+
+def command_jobs(names: Collection[str], setting: Setting) -> Iterator[Work]:
+    for name, make in wanted(names, setting, _COMMANDED):
+        yield name, partial(on_net, command_rows, make, setting)
+
+
+PARTS: Mapping[str, Part] = MappingProxyType(
+    {
+        "a": Part("latency against float", latency_jobs, latency_summary),
+        "b": Part("top-1 of trained classifiers", accuracy_jobs, accuracy_summary),
+        "c": Part("top-1 after channels were rescaled", collapse_jobs, collapse_summary),
+        "d": Part("calibration over plain inference, and its memory", calibration_jobs, calibration_summary),
+        "e": Part("top-1 on x86 with and without VNNI", portable_jobs, portable_summary),
+        "f": Part("the whole command, 64 samples, all cores", command_jobs),
     }
-    made: dict[str, Result | str] = {"float": Result(source, 0.0)}
-    for number, (name, way) in enumerate(ways.items()):
-        made[name] = (timed if name == "edgewise" else tried)(way, folder / f"{number}.onnx")
-    return made
-
-
-def timed(way: Callable[[Path], None], out: Path) -> Result:
-    start = time.perf_counter()
-    way(out)
-    return Result(out, time.perf_counter() - start)
-
-
-def tried(way: Callable[[Path], None], out: Path) -> Result | str:
-    """A rival's result; what it raises, whatever that is, is one too. A failure of ours is raised."""
-    try:
-        with foreign_code("failed"):
-            return timed(way, out)
-    except EdgewiseError as error:
-        return str(error)[:80]
-
-
-def edgewise(model: ir.Model, samples: list[Array], out: Path, options: argparse.Namespace) -> None:
-    target, choice = target_of(options.target), QuantOptions(method=options.method)
-    name = input_of(model)
-    values = observed_values(model, choice, target)
-    table = collect(model, ({name: sample} for sample in samples), values, threads=options.threads)
-    quantized = model.clone()
-    InsertQdq(plan(model, table, choice, target)).apply(quantized)
-    files.save(quantized, out)
-
-
-class Reader(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, name: str, samples: list[Array]) -> None:
-        self._feeds = iter([{name: sample} for sample in samples])
-
-    def get_next(self) -> dict[str, Array] | None:
-        return next(self._feeds, None)
-
-
-def static(source: Path, samples: list[Array], out: Path, *, reduce_range: bool) -> None:
-    quantize_static(
-        source,
-        out,
-        Reader(input_of(files.load(source)), samples),
-        quant_format=QuantFormat.QDQ,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        reduce_range=reduce_range,
-    )
-
-
-def answers(path: Path, test: Labelled) -> Array:
-    """The index of the highest score for every image."""
-    evaluator, name = Evaluator(path), input_of(files.load(path))
-    return np.array([next(iter(evaluator.run({name: x}).values())).argmax() for x in test])
-
-
-def quality(said: Array, reference: Array, test: Labelled, classifier: Classifier) -> tuple[str, ...]:
-    """Top-1, what it is below the float file's, and how often both say the same."""
-    truth = reference - classifier.first_class
-    top1, before = (said == test.labels).mean(), (truth == test.labels).mean()
-    return f"{top1 * 100:.2f}", f"{(before - top1) * 100:+.2f}", f"{(said == truth).mean() * 100:.2f}"
-
-
-def input_of(model: ir.Model) -> str:
-    return input_specs(model)[0].name
-
-
-def race(
-    results: Mapping[str, Result], sample: Array, options: argparse.Namespace
-) -> dict[str, tuple[str, ...]]:
-    """Median and speed-up over float of every file, in one paired run."""
-    paths = {name: result.path for name, result in results.items()}
-    feed = {input_of(files.load(paths["float"])): sample}
-    report = measure(
-        paths, feed=feed, conditions=Conditions(threads=options.threads), max_seconds=options.max_seconds
-    )
-    ratios: dict[str, Any] = {r.name: r for r in report.ratios}
-    return {
-        m.name: (f"{m.median_ms:.3f}",)
-        + ((f"{r.speedup:.2f}", f"{r.low:.2f} - {r.high:.2f}") if (r := ratios.get(m.name)) else ("", ""))
-        for m in report.models
-    }
+)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import chain
 from typing import Any
 
@@ -22,6 +23,11 @@ from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Evaluator, Feed
 from edgewise.runtime.machine import usable_cores
 
+MEMORY = 1 << 30
+"""Bytes of values that are held at once, if nothing else is asked for."""
+
+Progress = Callable[[int], None]
+
 _MOST_WORKERS = 8  # beyond that they wait for Python's lock
 
 
@@ -31,56 +37,90 @@ def collect(
     values: Sequence[str],
     *,
     threads: int | None = None,
-    memory: int = 1 << 30,
-    progress: Callable[[int], None] | None = None,
+    memory: int = MEMORY,
+    progress: Progress | None = None,
 ) -> CalibrationTable:
     """Sketch the named `values` of `model` over all `samples`, which are read once, one at a time.
+
+    See `Collector` for the options. Raises `InputError` on a value the model does not compute, on a
+    sample that does not fit, and where there are no samples.
+    """
+    return Collector(model, values, threads=threads, memory=memory).collect(samples, progress=progress)
+
+
+class Collector:
+    """A model that is made ready once and observed on samples as often as wanted.
 
     `values` are inputs of the model or outputs of nodes of its main graph; those that hold no floats are
     left out of the table. `threads` (default: one a core) work on different samples as far as the values
     of those fit in `memory` bytes, by their shapes; where those of one sample do not, the model is run
-    once for each group of values that does. `progress` hears the number of samples done, one call at a
-    time but from any thread. Raises `InputError` on a value the model does not compute, on a sample that
-    does not fit, and where there are no samples.
+    once for each group of values that does.
     """
-    stream = iter(samples)
-    first = next(stream, None)
-    if first is None:
-        raise InputError("no samples to calibrate with")
-    names = list(dict.fromkeys(values))
-    fed = [name for name in names if name in first]
-    workers, evaluators = _evaluators(model, [n for n in names if n not in first], first, threads, memory)
-    queue = _Queue(chain([first], stream), progress)
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(_sketch, queue, fed, evaluators) for _ in range(workers)]
-        try:
-            parts = [future.result() for future in futures]
-        finally:  # an interrupt must not wait for all samples
-            queue.close()
-    found = [name for name in names if any(name in part for part in parts)]
-    sketches = {name: reduce(Sketch.merge, (p[name] for p in parts if name in p)) for name in found}
-    return CalibrationTable(fingerprint(model), queue.done, sketches)
 
+    def __init__(
+        self, model: ir.Model, values: Sequence[str], *, threads: int | None = None, memory: int = MEMORY
+    ) -> None:
+        self._model = model
+        self._names = list(dict.fromkeys(values))
+        self._threads = threads or len(usable_cores())
+        self._memory = memory
+        self._workers = 0
+        self._evaluators: list[Evaluator] = []
 
-def _evaluators(
-    model: ir.Model, names: Sequence[str], feed: Feed, threads: int | None, memory: int
-) -> tuple[int, list[Evaluator]]:
-    """How many workers there is memory for, and the models they run on every sample."""
-    sizes = _sizes(model, names, feed)
-    threads = threads or len(usable_cores())
-    workers = max(1, min(threads, _MOST_WORKERS, memory // max(sum(sizes.values()), 1)))
-    groups = _groups(names, sizes, memory)
-    return workers, [
-        Evaluator(_tapped(model, group), outputs=group, threads=threads // workers) for group in groups
-    ]
+    def collect(
+        self,
+        samples: Iterable[Feed],
+        *,
+        seconds: float = math.inf,
+        progress: Progress | None = None,
+    ) -> CalibrationTable:
+        """Sketch the values over `samples`, or over as many of the first as `seconds` (one at least) allow.
+
+        `progress` hears the number of samples done, one call at a time but from any thread.
+        """
+        stream = iter(samples)
+        first = next(stream, None)
+        if first is None:
+            raise InputError("no samples to calibrate with")
+        self._open(first)
+        fed = [name for name in self._names if name in first]
+        queue = _Queue(chain([first], stream), progress, time.monotonic() + seconds)
+        with ThreadPoolExecutor(self._workers) as pool:
+            futures = [pool.submit(_sketch, queue, fed, self._evaluators) for _ in range(self._workers)]
+            try:
+                parts = [future.result() for future in futures]
+            finally:  # an interrupt must not wait for all samples
+                queue.close()
+        found = [name for name in self._names if any(name in part for part in parts)]
+        sketches = {name: reduce(Sketch.merge, (p[name] for p in parts if name in p)) for name in found}
+        return CalibrationTable(self.fingerprint, queue.done, sketches)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the model."""
+        return fingerprint(self._model)
+
+    def _open(self, feed: Feed) -> None:
+        """Find out how many workers there is memory for, and what they run on every sample."""
+        if self._workers:
+            return
+        names = [name for name in self._names if name not in feed]
+        sizes = _sizes(self._model, names, feed)
+        self._workers = max(1, min(self._threads, _MOST_WORKERS, self._memory // max(sum(sizes.values()), 1)))
+        self._evaluators = [
+            Evaluator(_tapped(self._model, group), outputs=group, threads=self._threads // self._workers)
+            for group in _groups(names, sizes, self._memory)
+        ]
 
 
 class _Queue:
-    """Hands samples to the workers, one at a time, until they are used up or one worker fails."""
+    """Hands samples to the workers, one at a time, until they or the time are used up or a worker fails."""
 
-    def __init__(self, samples: Iterator[Feed], progress: Callable[[int], None] | None) -> None:
+    def __init__(self, samples: Iterator[Feed], progress: Progress | None, end: float) -> None:
         self._samples = samples
         self._progress = progress
+        self._end = end
+        self._given = 0
         self._lock = threading.Lock()
         self.done = 0
 
@@ -94,6 +134,9 @@ class _Queue:
 
     def _next(self) -> Feed | None:
         with self._lock:
+            if self._given and time.monotonic() > self._end:
+                return None
+            self._given += 1
             return next(self._samples, None)
 
     def close(self) -> None:

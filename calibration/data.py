@@ -26,7 +26,7 @@ from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Feed, TensorSpec, seeded_feed
 from edgewise.runtime.foreign import foreign_code, import_callable
 
-__all__ = ["Preprocess", "Samples", "from_arrays", "open_samples"]
+__all__ = ["Preprocess", "Samples", "from_arrays", "from_function", "open_samples"]
 
 Array = npt.NDArray[Any]
 
@@ -148,7 +148,7 @@ def open_samples(
     if path.is_file() and path.suffix.lower() in (".npz", ".npy"):
         return _survey(source, specs, _Files([path], specs))
     if not path.exists() and _FUNCTION.fullmatch(source):
-        return _survey(source, specs, _Calls(import_callable(source, source), source, specs))
+        return from_function(import_callable(source, source), specs, source)
     problem = "is of no known kind" if path.exists() else "does not exist"
     raise InputError(f"{source} {problem}: samples are {_FORMS}")
 
@@ -159,6 +159,13 @@ def from_arrays(
     """Samples from arrays in memory, by input name; see the module for their shapes."""
     chunk = _Chunk(_by_input(arrays, specs, "arrays"), labels, "arrays")
     return _survey("arrays", specs, [chunk])
+
+
+def from_function(
+    function: Callable[[], Iterable[object]], specs: Sequence[TensorSpec], source: str
+) -> Samples:
+    """Samples that `function` yields, as `module:function` does, under the name `source`."""
+    return _survey(source, specs, _Calls(function, source, specs))
 
 
 def _open_folder(source: str, specs: Sequence[TensorSpec], preprocess: Preprocess | None) -> Samples:
@@ -206,6 +213,9 @@ class _Files:
         self._specs = specs
         self._last: tuple[int, _Chunk] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # another process opens the files itself
+
     def __iter__(self) -> Iterator[_Chunk]:
         return (self[i] for i in range(len(self._paths)))
 
@@ -230,6 +240,9 @@ class _Calls:
         self._specs = specs
         self._ahead: Iterator[_Chunk] = iter(())
         self._last: tuple[int, _Chunk] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": iter(()), "_last": None}  # another process calls it itself
 
     def __iter__(self) -> Iterator[_Chunk]:
         return (self._chunk(item, i) for i, item in enumerate(self._items()))

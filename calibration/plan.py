@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,12 +39,14 @@ class QuantOptions:
     """What a user chooses. `method` is one of `edgewise.calibration.ranges.METHODS`.
 
     `per_channel` gives every output channel of a weight its own scale. `exclude` holds names or operator
-    types of nodes that stay in float.
+    types of nodes that stay in float. `activations` is the type of activations, the target's by default;
+    those of 16 bits are multiplied in float.
     """
 
     method: str = "minmax"
     per_channel: bool = True
     exclude: tuple[str, ...] = ()
+    activations: Literal["uint8", "int8", "uint16", "int16"] | None = None
 
 
 def observed_values(
@@ -58,7 +60,8 @@ def observed_values(
     """
     exclude = () if options is None else options.exclude
     names: dict[str, None] = {}
-    for one in TARGETS.values() if target is None else (target,):
+    every = (*TARGETS.values(), *(t.measured() for t in TARGETS.values()))
+    for one in every if target is None else (target,):
         regions = find_regions(model, one, exclude)
         seen = (v for v in regions.sources if _analytic(v) is None and not _is_moved(v, regions, one))
         names |= dict.fromkeys(v.name or "" for v in seen)
@@ -74,16 +77,25 @@ def _is_moved(value: ir.Value, regions: Regions, target: Target) -> bool:
     )
 
 
-def plan(model: ir.Model, table: CalibrationTable, options: QuantOptions, target: Target) -> QuantPlan:
+def plan(
+    model: ir.Model,
+    table: CalibrationTable,
+    options: QuantOptions,
+    target: Target,
+    *,
+    floats: Mapping[str, str] = MappingProxyType({}),
+) -> QuantPlan:
     """Every value's integers and every node's form, with reasons. A pure function.
 
-    Raises `InputError` if `table` was taken from another model or `options.method` is not known.
+    `floats` are nodes that stay in float, by their first output, and why. Raises `InputError` if `table`
+    was taken from another model or `options.method` is not known.
     """
     table.check(model)
-    ranges = _Ranges(
-        table.ranges(options.method, symmetric=target.symmetric), _unusable(table), options.method
-    )
-    barred: dict[ir.Node, str] = {}
+    target = target.with_activations(options.activations)
+    bits = np.iinfo(target.activation).bits
+    found = table.ranges(options.method, bits=bits, symmetric=target.symmetric)
+    ranges = _Ranges(found, _unusable(table), options.method)
+    barred = {n: floats[v.name or ""] for n in model.graph for v in n.outputs[:1] if v.name in floats}
     while True:
         regions = find_regions(model, target, options.exclude, barred)
         failed = {v: ranges.problem(v) for v in set(regions.sources.values()) if ranges.problem(v)}
@@ -172,7 +184,7 @@ def _activations(regions: Regions, ranges: _Ranges, target: Target) -> dict[ir.V
 
 
 def _grid(value: ir.Value, span: Range, why: str, target: Target) -> ValuePlan:
-    """256 levels over `span`, one of them zero; symmetric: 255 levels around zero."""
+    """All levels over `span`, one of them zero; symmetric: all but one around zero."""
     low, high = min(span[0], 0.0), max(span[1], 0.0)
     first, last = LIMITS[target.activation]
     if target.symmetric:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from edgewise.calibration.sketch import Sketch
+from edgewise.calibration.weight_scales import float32_scale
+from edgewise.passes.quant_plan import LIMITS
 from edgewise.runtime.errors import InputError
 
 Array = npt.NDArray[Any]
 Range = tuple[float, float]
-Loss = Callable[["_Grid"], float]
+Loss = Callable[[Sequence["_Grid"]], list[float]]
 
-METHODS = ("minmax", "percentile", "entropy", "mse")
+METHODS = ("minmax", "average", "percentile", "entropy", "mse")
 
 _OCTAVES = {"mse": 10, "entropy": 4}  # a range is cut to 2**-10, 2**-4 of what was seen at most
 _FINEST = 1 / 16  # octaves; 4 % of the range
+_ENTROPY_BINS = 16  # a step, as the source's 2048 for 128 levels: it does not look closer at zero
 _NOTHING = 1e-30  # the scale of a narrower range would leave float32's normal numbers
 
 
@@ -35,6 +38,8 @@ def range_of(
     """The range (low, high) of a grid of `bits` bits for what `sketch` has seen; low <= 0 <= high.
 
     minmax      everything seen
+    average     the mean over samples of each one's least and greatest element: what a moving average
+                estimates, but whatever the order of the samples
     percentile  the central `percentile` % of it, (100 - percentile) / 2 % cut on either side
     entropy     least Kullback-Leibler divergence of the quantized from the float distribution, after
                 Migacz, "8-bit inference with TensorRT", GTC 2017
@@ -51,16 +56,40 @@ def range_of(
     widest = _widest(sketch, symmetric)
     if method == "minmax" or widest == (0, 0):
         return widest
-    if method == "percentile":
-        low, high = _central(sketch, percentile)
-        return _mirrored(low, high, symmetric) if low < high else widest
+    if method in ("average", "percentile"):
+        low, high = sketch.average if method == "average" else _central(sketch, percentile)
+        low, high = min(low, 0.0), max(high, 0.0)
+        return _mirrored(low, high, symmetric) if high - low > _NOTHING else widest
     grid = _Grid(*widest, steps=2**bits - (2 if symmetric else 1))
     if method == "entropy":
-        # 16 bins a step, as the source's 2048 bins for 128 levels: it does not look closer at zero.
-        loss = _divergence(_Histogram.of(sketch, grid.step / 16))
+        loss = _divergence(_Histogram.of(sketch, grid.step / _ENTROPY_BINS))
     else:
         loss = _squared_error(_Histogram.of(sketch, grid.step * 2.0 ** -_OCTAVES["mse"] / 2))
     return _search(loss, grid, _OCTAVES[method], symmetric)
+
+
+def grid_of(low: float, high: float, dtype: str) -> tuple[float, int]:
+    """Scale and zero point of the integers `dtype` over low..high, zero inside: x = scale * (q - zero point).
+
+    An "int8" grid is symmetric, 255 levels around zero; a "uint8" grid has 256. The scale is a float32, and
+    1 where the range has no width.
+    """
+    first, last = LIMITS[dtype]
+    low, high = min(low, 0.0), max(high, 0.0)
+    if first < 0:
+        return float32_scale(max(-low, high) / last), 0
+    scale = float32_scale((high - low) / (last - first))
+    return scale, int(np.clip(first + np.rint(-low / scale), first, last))
+
+
+def least_elements(method: str, *, bits: int = 8, percentile: float = 99.99) -> int:
+    """The elements of a value below which `method` cannot tell what it is to tell.
+
+    One has to lie beyond either end of a percentile, and one in a bin of the histogram of entropy.
+    """
+    if method == "percentile" and percentile < 100:
+        return math.ceil(round(200 / (100 - percentile), 6))
+    return _ENTROPY_BINS * (2**bits - 1) if method == "entropy" else 1
 
 
 def _widest(sketch: Sketch, symmetric: bool) -> Range:
@@ -74,26 +103,22 @@ def _mirrored(low: float, high: float, symmetric: bool) -> Range:
 
 
 def _central(sketch: Sketch, percentile: float) -> Range:
-    """Quantiles as `numpy.percentile` interpolates them, within the width of a bin; zero inside."""
-    cut = (100 - percentile) / 200
-    last = int(sketch.counts.sum()) - 1
-    low, high = _quantile(sketch, cut * last), _quantile(sketch, (1 - cut) * last)
-    return min(low, 0.0), max(high, 0.0)
-
-
-def _quantile(sketch: Sketch, rank: float) -> float:
-    below, above = math.floor(rank), math.ceil(rank)
-    start = _ranked(sketch, below)
-    return start + (_ranked(sketch, above) - start) * (rank - below)
-
-
-def _ranked(sketch: Sketch, rank: int) -> float:
-    """The element of that rank, if the elements of a bin are spread evenly over it."""
+    """Quantiles as `numpy.percentile` interpolates them, within the width of a bin."""
     cumulated = np.cumsum(sketch.counts)
-    index = int(np.searchsorted(cumulated, rank, side="right"))
+    cut, last = (100 - percentile) / 200, int(cumulated[-1]) - 1
+    ranks = np.array([cut * last, (1 - cut) * last])
+    below, above = (_ranked(sketch, cumulated, r.astype(np.int64)) for r in (np.floor(ranks), np.ceil(ranks)))
+    low, high = (below + (above - below) * (ranks % 1)).tolist()
+    return low, high
+
+
+def _ranked(sketch: Sketch, cumulated: Array, ranks: Array) -> Array:
+    """The elements of these ranks, if the elements of a bin are spread evenly over it."""
+    index = np.searchsorted(cumulated, ranks, side="right")
     low, high = (edge[index] for edge in sketch.edges())
-    before = cumulated[index] - sketch.counts[index]
-    return float(low + (high - low) * (rank - before + 0.5) / sketch.counts[index])
+    counts = sketch.counts[index]
+    elements: Array = low + (high - low) * (ranks - (cumulated[index] - counts) + 0.5) / counts
+    return elements
 
 
 @dataclass(frozen=True)
@@ -125,18 +150,18 @@ def _search(loss: Loss, widest: _Grid, octaves: int, symmetric: bool) -> Range:
     """The range of least loss: both ends in octaves first, then each end in ever finer moves."""
     seen: dict[tuple[float, float], float] = {}
 
-    def at(cut: tuple[float, float]) -> float:
-        if cut not in seen:
-            seen[cut] = loss(widest.shrunk(*cut))
-        return seen[cut]
+    def best_of(cuts: list[tuple[float, float]]) -> tuple[float, float]:
+        if new := [cut for cut in cuts if cut not in seen]:
+            seen.update(zip(new, loss([widest.shrunk(*cut) for cut in new]), strict=True))
+        return min(cuts, key=seen.__getitem__)
 
-    best = min(((float(k), float(k)) for k in range(octaves + 1)), key=at)
+    best = best_of([(float(k), float(k)) for k in range(octaves + 1)])
     moves = _moves(widest, symmetric)
     step = 0.5
     while step >= _FINEST:
         around = [(best[0] + a * step, best[1] + b * step) for a, b in moves]
-        nearest = min((c for c in around if min(c) >= 0 and max(c) <= octaves), key=at)
-        if at(nearest) < at(best):
+        nearest = best_of([c for c in around if min(c) >= 0 and max(c) <= octaves])
+        if seen[nearest] < seen[best]:
             best = nearest
         else:
             step /= 2
@@ -186,21 +211,28 @@ def _squared_error(histogram: _Histogram) -> Loss:
     """Sum over all elements x of (x - q(x))**2, the elements of a bin spread evenly over it.
 
     In steps of the grid, with c the nearest x inside it, n the integer nearest to c and f = c - n, the
-    squared error has the antiderivative n / 12 + f**3 / 3 + (x - c)**3 / 3: rounding, then clipping.
+    squared error has the antiderivative n / 12 + f**3 / 3 + (x - c)**3 / 3: rounding, then clipping. It is
+    continuous, so that bins side by side share what it is between them.
     What is less than half a step of the finest grid is zero on every grid, at an error no choice changes.
     """
     low, high, counts = histogram.low, histogram.high, histogram.counts
     wide = high > low
+    density = counts[wide] / (high - low)[wide]
+    edges, place = np.unique(np.concatenate((low[wide], high[wide])), return_inverse=True)
+    weights = np.bincount(place, np.concatenate((-density, density)), minlength=edges.size)
+    points, point_counts = low[~wide], counts[~wide]
 
-    def loss(grid: _Grid) -> float:
-        a, b = low / grid.step, high / grid.step
-        inside_a, inside_b = a.clip(grid.first, grid.last), b.clip(grid.first, grid.last)
-        level_a, level_b = np.rint(inside_a), np.rint(inside_b)
-        rounding = (level_b - level_a) / 12 + (_cube(inside_b - level_b) - _cube(inside_a - level_a)) / 3
-        clipping = (_cube(b - inside_b) - _cube(a - inside_a)) / 3
-        error = np.square(a - level_a)
-        np.divide(rounding + clipping, b - a, out=error, where=wide)
-        return float(counts @ error) * grid.step**2
+    def loss(grids: Sequence[_Grid]) -> list[float]:
+        step, first, last = np.array([(g.step, g.first, g.last) for g in grids]).T[:, :, None]
+        x = edges / step
+        inside = x.clip(first, last)
+        level = np.rint(inside)
+        integral = level / 4 + _cube(inside - level) + _cube(x - inside)
+        x = points / step
+        error = np.square(x - np.rint(x.clip(first, last)))
+        total = integral @ weights / 3 * step[:, 0] + error @ point_counts
+        result: list[float] = (total * step[:, 0] ** 2).tolist()
+        return result
 
     return loss
 
@@ -215,29 +247,46 @@ def _divergence(histogram: _Histogram) -> Loss:
     The grid keeps of each of its cells only the mass, spread over the cell's bins by their width. As in
     the source, clipped elements join the outermost bin in the reference but not in the approximation, so
     that clipping costs. Zero itself is on every grid and left out.
+
+    With masses m and widths w of bins, M and W of cells, p the masses with what was clipped, and sums P and
+    Q of p and m over the grid, the divergence is (sum p log(p / w) - sum p log(M / W)) / P + log(Q / P).
+    Of a grid only the ends and the cells have to be looked at, for sums over bins are cumulated once.
     """
     zero = int(np.searchsorted(histogram.low, 0.0))
     center = np.insert((histogram.low + histogram.high) / 2, zero, 0.0)
-    width = np.insert(histogram.width, zero, 2 * histogram.resolution)
+    width = np.insert(histogram.width / histogram.resolution, zero, 2.0)
     mass = np.insert(histogram.counts, zero, histogram.tiny)
+    masses, widths, own = (_cumulated(a) for a in (mass, width, _times_log(mass, width)))
 
-    def loss(grid: _Grid) -> float:
-        level = np.rint(center / grid.step).astype(np.int64)
-        start, stop = np.searchsorted(level, (grid.first, grid.last + 1))
-        if not mass[start:stop].any():
-            return math.inf
-        cell, w, reference = level[start:stop] - grid.first, width[start:stop], mass[start:stop].copy()
-        occupied = np.maximum(np.bincount(cell, w), w.min())  # above zero where there is no bin as well
-        approximation = (np.bincount(cell, reference) / occupied)[cell] * w
-        reference[0] += mass[:start].sum()
-        reference[-1] += mass[stop:].sum()
-        return _kullback_leibler(reference, approximation)
+    def loss(grids: Sequence[_Grid]) -> list[float]:
+        step, first = np.array([(g.step, g.first) for g in grids]).T[:, :, None]
+        bounds = np.searchsorted(center, (first + np.arange(grids[0].steps + 2) - 0.5) * step)
+        start, stop = bounds[:, 0], bounds[:, -1]
+        kept = masses[stop] - masses[start]
+        cells, cell_widths = np.diff(masses[bounds]), np.diff(widths[bounds])
+        total = own[stop] - own[start] - _times_log(cells, cell_widths).sum(axis=1)
+        for end, clipped in ((start, masses[start]), (stop - 1, masses[-1] - masses[stop])):
+            cell = np.arange(len(grids)), (bounds <= end[:, None]).sum(axis=1) - 1
+            end = end.clip(0, mass.size - 1)  # of a grid without any bin, which has lost all the same
+            total += _times_log(mass[end] + clipped, width[end]) - _times_log(mass[end], width[end])
+            total -= np.where(clipped > 0, clipped * np.log(cells[cell] / cell_widths[cell]), 0.0)
+        divergence = total / masses[-1] + np.log(kept / masses[-1])
+        # What is rounding decides nothing: of ranges that keep all, the widest comes first.
+        result: list[float] = np.where(kept > 0, divergence, np.inf).round(12).tolist()
+        return result
 
-    return loss
+    return np.errstate(divide="ignore", invalid="ignore")(
+        loss
+    )  # no mass where some is wanted: infinitely far
 
 
-def _kullback_leibler(reference: Array, approximation: Array) -> float:
-    p, q = reference / reference.sum(), approximation / approximation.sum()
-    some = p > 0
-    with np.errstate(divide="ignore"):  # mass where the approximation has none: infinitely far
-        return float(p[some] @ np.log(p[some] / q[some]))
+def _times_log(mass: Array, width: Array | float) -> Array:
+    """mass * log(mass / width), 0 where there is no mass."""
+    some = mass > 0
+    product: Array = mass * np.log(np.where(some, mass, 1.0) / np.where(some, width, 1.0))
+    return product
+
+
+def _cumulated(array: Array) -> Array:
+    """The sums of the first 0, 1, 2, ... elements."""
+    return np.concatenate(([0.0], np.cumsum(array)))

@@ -26,6 +26,7 @@ _BINS = 1 << 16
 _ZERO = 1 << 15  # the bin of 0.0, of -0.0 and of what float32 cannot hold as a normal number
 _WAITING_LIMIT = 1 << 16  # elements: counting them costs about as much as clearing the counters
 _UPPER = 1 if sys.byteorder == "little" else 0  # which half of a float32 holds its sign
+_LEAST = 149  # every float32 is a multiple of 2**-149: sums of such integers are exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,8 @@ class Sketch:
     `bins` (uint16) are the occupied bins in the order of the values they hold, `counts` (int64) how many
     elements fell in each. `count` is the number of finite elements seen, sampled or not; `minimum` and
     `maximum` are exact over all of them, infinity and minus infinity where there was none. `nans` and
-    `infs` count what is not finite, and is in nothing else.
+    `infs` count what is not finite, and is in nothing else. `arrays` held something finite; `lows` and
+    `highs` are the sums of their minima and of their maxima, in units of 2**-149.
     """
 
     bins: Array = field(default_factory=lambda: np.empty(0, np.uint16), repr=False)
@@ -45,6 +47,9 @@ class Sketch:
     maximum: float = -math.inf
     nans: int = 0
     infs: int = 0
+    arrays: int = 0
+    lows: int = 0
+    highs: int = 0
 
     @classmethod
     def of(cls, array: Array) -> Sketch:
@@ -65,6 +70,9 @@ class Sketch:
             maximum=max(self.maximum, other.maximum),
             nans=self.nans + other.nans,
             infs=self.infs + other.infs,
+            arrays=self.arrays + other.arrays,
+            lows=self.lows + other.lows,
+            highs=self.highs + other.highs,
         )
 
     __add__ = merge
@@ -81,7 +89,17 @@ class Sketch:
     __hash__ = None  # type: ignore[assignment]
 
     def _scalars(self) -> tuple[float, ...]:
-        return (self.count, self.minimum, self.maximum, self.nans, self.infs)
+        seen = (self.count, self.minimum, self.maximum, self.nans, self.infs)
+        return (*seen, self.arrays, self.lows, self.highs)
+
+    @property
+    def average(self) -> tuple[float, float]:
+        """The mean over all arrays of their minimum, and of their maximum; zeros where there was none.
+
+        Means of exact sums, so that they depend on the order of the arrays as little as all else here.
+        """
+        unit = max(self.arrays, 1) << _LEAST
+        return self.lows / unit, self.highs / unit
 
     def edges(self) -> tuple[Array, Array]:
         """Lower and upper bound (float64) of the values in each of `bins`, ascending.
@@ -110,6 +128,7 @@ class Accumulator:
         self._waiting = np.empty(_WAITING_LIMIT, np.uint16)
         self._waiting_size = 0
         self._count = self._nans = self._infs = 0
+        self._arrays = self._lows = self._highs = 0
         self._minimum, self._maximum = math.inf, -math.inf
 
     def add(self, array: Array) -> None:
@@ -124,6 +143,9 @@ class Accumulator:
         self._count += flat.size
         self._minimum = min(self._minimum, low + 0.0)  # -0.0 becomes 0.0, whichever came first
         self._maximum = max(self._maximum, high + 0.0)
+        self._arrays += 1
+        self._lows += int(math.ldexp(low, _LEAST))
+        self._highs += int(math.ldexp(high, _LEAST))
         halves = flat.view(np.uint16)[_UPPER :: 2 * _stride(flat.size)]
         if self._waiting_size + halves.size > _WAITING_LIMIT:
             self._count_waiting()
@@ -140,6 +162,9 @@ class Accumulator:
             maximum=self._maximum,
             nans=self._nans,
             infs=self._infs,
+            arrays=self._arrays,
+            lows=self._lows,
+            highs=self._highs,
         )
 
     def _count_non_finite(self, flat: Array) -> Array:

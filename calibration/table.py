@@ -24,14 +24,16 @@ from edgewise.runtime.errors import InputError
 
 Array = npt.NDArray[Any]
 
-_VERSION = 1
+_VERSION = 2
 _SCALARS = {
     "count": np.int64,
     "minimum": np.float64,
     "maximum": np.float64,
     "nans": np.int64,
     "infs": np.int64,
+    "arrays": np.int64,
 }
+_SUMS = ("lows", "highs")  # of any size: hexadecimal text
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
@@ -49,6 +51,9 @@ class CalibrationTable:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sketches", MappingProxyType(dict(self.sketches)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CalibrationTable, (self.fingerprint, self.samples, dict(self.sketches))
 
     def merge(self, other: CalibrationTable) -> CalibrationTable:
         """The table of both sets of samples. Raises `InputError` if models or values differ."""
@@ -83,16 +88,17 @@ class CalibrationTable:
             sha.update(np.ascontiguousarray(array).tobytes())
         return sha.hexdigest()
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], more: Mapping[str, Array] | None = None) -> Path:
         """Write an .npz file, complete or not at all; a file that exists is replaced.
 
-        Raises `InputError` if `path` cannot be written.
+        `more` are arrays that stand beside those of the table, which `load` does not read. Raises
+        `InputError` if `path` cannot be written.
         """
         path = Path(path)
         try:
             with tempfile.TemporaryDirectory(prefix=".edgewise-", dir=path.parent) as folder:
                 part = Path(folder) / "table.npz"
-                np.savez_compressed(part, allow_pickle=False, **self._arrays())
+                np.savez_compressed(part, allow_pickle=False, **self._arrays(), **(more or {}))
                 part.replace(path)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -101,6 +107,7 @@ class CalibrationTable:
     def _arrays(self) -> dict[str, Array]:
         sketches = list(self.sketches.values())
         scalars = {k: np.array([getattr(s, k) for s in sketches], t) for k, t in _SCALARS.items()}
+        sums = {k: np.array([f"{getattr(s, k):x}" for s in sketches], np.str_) for k in _SUMS}
         return {
             "version": np.array(_VERSION),
             "fingerprint": np.array(self.fingerprint),
@@ -110,6 +117,7 @@ class CalibrationTable:
             "bins": np.concatenate([np.empty(0, np.uint16), *(s.bins for s in sketches)]),
             "counts": np.concatenate([np.empty(0, np.int64), *(s.counts for s in sketches)]),
             **scalars,
+            **sums,
         }
 
     @classmethod
@@ -134,6 +142,7 @@ class CalibrationTable:
         bins = np.split(arrays["bins"].astype(np.uint16, casting="safe"), ends)[:-1]
         counts = np.split(arrays["counts"].astype(np.int64, casting="safe"), ends)[:-1]
         columns = [arrays[key].tolist() for key in _SCALARS]
+        columns += [[int(text, 16) for text in arrays[key].tolist()] for key in _SUMS]
         sketches = {
             name: Sketch(b, c, *scalars)
             for name, b, c, *scalars in zip(arrays["names"].tolist(), bins, counts, *columns, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from edgewise.runtime.errors import InputError
@@ -54,19 +54,20 @@ _CPU_SLOW = frozenset({"AveragePool", "Softmax"})
 class Target:
     """The rules an int8 graph has to follow to run in integers.
 
-    `activation` is "uint8" (with a zero point) or "int8" (symmetric, zero point 0). `anchors` are the
-    operators worth quantizing for themselves, `followers` those that join where their neighbours are in
-    int8. `float_outputs` may hand float to a reader in float at no extra cost. `integer_movers` are not
-    fused between DequantizeLinear and QuantizeLinear, but run on integers when they are written so.
-    `saturates` says that two products are added in 16 bits before they are widened, `int32_bias` that
-    the kernels want the bias in int32, `products` that a MatMul of two activations pays. `slow` are
-    operators whose int8 kernel takes longer than DequantizeLinear, float and QuantizeLinear (an
-    AveragePool over everything is none of them); `narrow_is_slow` says so of convolutions with few
-    channels.
+    `activation` is the type of activations, "uint8", "int8", "uint16" or "int16"; `symmetric` says that
+    every zero point has to be 0. `anchors` are the operators worth quantizing for themselves, `followers`
+    those that join where their neighbours are in int8. `float_outputs` may hand float to a reader in
+    float at no extra cost. `integer_movers` are not fused between DequantizeLinear and QuantizeLinear, but
+    run on integers when they are written so. `saturates` says that two products are added in 16 bits
+    before they are widened, `int32_bias` that the kernels want the bias in int32, `products` that a MatMul
+    of two activations pays. `slow` are operators whose int8 kernel takes longer than DequantizeLinear,
+    float and QuantizeLinear (an AveragePool over everything is none of them); `narrow_is_slow` says so of
+    convolutions with few channels.
     """
 
     name: str
     activation: str = "uint8"
+    symmetric: bool = False
     anchors: frozenset[str] = _ANCHORS
     followers: frozenset[str] = _CPU_FOLLOWERS
     movers: frozenset[str] = MOVERS
@@ -78,10 +79,23 @@ class Target:
     slow: frozenset[str] = _CPU_SLOW
     narrow_is_slow: bool = True
 
-    @property
-    def symmetric(self) -> bool:
-        """Whether every zero point has to be 0."""
-        return self.activation == "int8"
+    def with_activations(self, activation: str | None) -> Target:
+        """The rules for activations of another type. Raises `InputError` on one that does not run.
+
+        What multiplies 16 bits computes in float between DequantizeLinear and QuantizeLinear, so that
+        nothing saturates; operators that are given the integers themselves are made for 8.
+        """
+        if activation is None or activation == self.activation:
+            return self
+        if self.symmetric:
+            raise InputError(f"{self.name} takes activations in {self.activation} only, not in {activation}")
+        if activation.endswith("8"):
+            return replace(self, activation=activation)
+        return replace(self, activation=activation, integer_movers=frozenset(), saturates=False)
+
+    def measured(self) -> Target:
+        """These rules without what they say of speed: for those who measure it."""
+        return replace(self, slow=frozenset(), narrow_is_slow=False, products=True)
 
 
 X86 = Target("x86", saturates=True)
@@ -95,6 +109,7 @@ ARM = Target("arm", products=True)
 TENSORRT = Target(
     "tensorrt",
     activation="int8",
+    symmetric=True,
     followers=frozenset({"Add", "AveragePool", "Concat", "GlobalAveragePool"}),
     float_outputs=frozenset(_ANCHORS | {"Add", "AveragePool", "Concat", "GlobalAveragePool"}),
     integer_movers=frozenset(),

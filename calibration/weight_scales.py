@@ -17,6 +17,7 @@ Array = npt.NDArray[Any]
 _LARGEST = 127
 _LARGEST_BIAS = 2**30  # half of int32 for the bias, half for the products
 _SMALLEST_SCALE = 2.0**-100  # stays normal when it is multiplied by another
+_SMALLEST_UNIT = 2.0**-125  # of products, which a bias is stored in: a normal float32
 _NO_GAP = 1e-3  # of the largest weight: less than half of the finest step that fits 8 bits
 _ON_GRID = 1e-3  # of a step; a step itself is 1e5 times what float32 resolves
 _ROUNDING = 1e-6  # of a quotient that may be whole
@@ -40,6 +41,7 @@ def weight_plan(
     in_pairs = saturates and not is_depthwise(node, weights.array)
     largest = np.maximum(magnitude, _largest_pair(rows)) if in_pairs else magnitude
     least = np.maximum(largest / _LARGEST, _bias_scales(weights, input_scale))
+    least = np.maximum(least, _SMALLEST_UNIT / input_scale)
     name = weights.value.name or ""
     if not per_channel:
         return ValuePlan(name, "int8", (float32_scale(float(least.max())),), why="largest weight")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from edgewise.optimizer.report import Candidate
 from edgewise.runtime.latency import LatencyReport, Ratio
@@ -11,11 +12,17 @@ INPUT = "input"
 _WORST = 0.9  # a speed-up whose interval reaches below this was not shown to be none the slower
 
 
-def choose(sizes: Mapping[str, int], latency: LatencyReport | None) -> tuple[Candidate, ...]:
+Objective = Literal["latency", "size", "balanced"]
+
+
+def choose(
+    sizes: Mapping[str, int], latency: LatencyReport | None, objective: Objective = "latency"
+) -> tuple[Candidate, ...]:
     """What becomes of each candidate; the first is the input, the later ones are more ambitious.
 
     `sizes` are bytes by name. Without a measurement the most ambitious candidate is chosen. A
-    candidate that is slower than the input beyond the noise, or larger and not faster, is taken back.
+    candidate that is slower than the input beyond the noise, or larger and not faster, is taken back;
+    whoever wants the smallest file gets it though it be slower.
     """
     if latency is None:
         chosen = list(sizes)[-1]
@@ -23,7 +30,12 @@ def choose(sizes: Mapping[str, int], latency: LatencyReport | None) -> tuple[Can
     ratios = {ratio.name: ratio for ratio in latency.ratios}
     failures = {m.name: m.failed for m in latency.models if m.failed}
     why = {name: _taken_back(name, sizes, ratios, failures) for name in sizes}
-    chosen = _best([name for name in sizes if not why[name]], sizes, ratios)
+    if objective == "size":
+        chosen = min((n for n in sizes if n not in failures), key=lambda n: sizes[n])
+        why[chosen] = ""
+    else:
+        fit = [name for name in sizes if not why[name]]
+        chosen = (_best if objective == "latency" else _most_balanced)(fit, sizes, ratios)
     return tuple(
         Candidate(
             name,
@@ -67,6 +79,11 @@ def _best(names: list[str], sizes: Mapping[str, int], ratios: Mapping[str, Ratio
     best = ratios[max(measured, key=lambda name: ratios[name].low)]
     equals = [n for n in measured if ratios[n].high >= best.low and ratios[n].verdict == best.verdict]
     return min(equals, key=lambda name: sizes[name])
+
+
+def _most_balanced(names: list[str], sizes: Mapping[str, int], ratios: Mapping[str, Ratio]) -> str:
+    """The one of least time x size."""
+    return min(names, key=lambda n: sizes[n] / (ratios[n].speedup if n in ratios else 1.0))
 
 
 def _praise(name: str, chosen: str, ratios: Mapping[str, Ratio]) -> str:

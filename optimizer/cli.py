@@ -171,6 +171,16 @@ ReportFolder = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Objective = Annotated[
+    str | None, typer.Option(metavar="NAME", help="What counts: latency (default), size or balanced.")
+]
+Portable = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHEN", help="Keep int8 from saturating on x86 without VNNI: auto (default), on or off."
+    ),
+]
+Fast = Annotated[bool, typer.Option("--fast", help="No searches: the target's rules and a short benchmark.")]
 NoBenchmark = Annotated[bool, typer.Option("--no-benchmark", help="Do not measure the latency.")]
 Json = Annotated[
     Path | None,
@@ -184,13 +194,22 @@ Json = Annotated[
 
 
 def _recipe(
-    path: Path | None, *, preprocess: str | None = None, benchmark: bool = True, **options: Any
+    path: Path | None,
+    *,
+    preprocess: str | None = None,
+    benchmark: bool = True,
+    fast: bool = False,
+    portable: str | None = None,
+    **options: Any,
 ) -> Recipe:
     """The recipe of the file, or the default one, with the options of the command line over it."""
     from edgewise.optimizer.recipe import Recipe, load_recipe
 
     recipe = load_recipe(path) if path else Recipe()
+    if portable is not None and recipe.quantize is not None:
+        options["quantize"] = {**recipe.quantize.model_dump(), "portable": portable}
     recipe = recipe.with_options(preprocess=_preprocess(preprocess), **options)
+    recipe = recipe.fast() if fast else recipe
     return recipe if benchmark else recipe.model_copy(update={"benchmark": None})
 
 
@@ -225,6 +244,18 @@ def _share(text: str, option: str) -> float:
     if not 0 <= value < math.inf:
         raise typer.BadParameter(f"{text!r} is no share such as 5% or 0.05 ({option})")
     return value
+
+
+def _bytes(text: str, option: str) -> int:
+    """A size, written 1.5G, 512M or 512 (MiB)."""
+    unit = {"G": 1 << 30, "M": 1 << 20}.get(text[-1:].upper())
+    try:
+        value = float(text if unit is None else text[:-1]) * (unit or 1 << 20)
+    except ValueError:
+        value = math.nan
+    if not 1 <= value < math.inf:
+        raise typer.BadParameter(f"{text!r} is no size such as 512M or 2G ({option})")
+    return int(value)
 
 
 def _draw(answer: Benchmark | ProfileReport, folder: Path | None) -> None:
@@ -276,6 +307,9 @@ def optimize(
     recipe: RecipeFile = None,
     metric: MetricName = None,
     max_drop: MaxDrop = None,
+    objective: Objective = None,
+    portable: Portable = None,
+    fast: Fast = False,
     target: Target = None,
     threads: Threads = None,
     seed: Seed = None,
@@ -304,6 +338,9 @@ def optimize(
         fuse_for_onnxruntime=fuse_for_onnxruntime,
         metric=metric,
         max_drop=max_drop,
+        objective=objective,
+        portable=portable,
+        fast=fast,
         target=target,
         threads=threads,
         seed=seed,
@@ -362,9 +399,24 @@ def inspect(model: OnnxFile, json_file: Json = None) -> None:
 
 @app.command()
 def calibrate(
-    model: OnnxFile,
-    data: Annotated[str, typer.Option(metavar="DATA", help="Samples, as in optimize.")],
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL", help="An .onnx file; with --merge, tables: A.npz B.npz")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="TABLE", help="The .npz table to write.")],
+    data: Annotated[str | None, typer.Option(metavar="DATA", help="Samples, as in optimize.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge tables of one model into one.")] = False,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Values held at once: 512M or 2G; MiB without a unit.")
+    ] = "1G",
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Processes that share the samples; 1 by default.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="A Ray cluster that shares the samples: auto, host:port or local."
+        ),
+    ] = None,
     preprocess: Preprocessing = None,
     recipe: RecipeFile = None,
     threads: Threads = None,
@@ -372,13 +424,59 @@ def calibrate(
     force: Force = False,
     json_file: Json = None,
 ) -> None:
-    """Observe the values of MODEL on samples, for quantize."""
+    """Observe the values of MODEL on samples, for quantize.
+
+    An interrupted run goes on when the same command is given again.
+    """
     from edgewise.optimizer import calibrate as job
     from edgewise.optimizer.console import progress_bars
+    from edgewise.optimizer.jobs import merge_tables
 
+    if merge:
+        _answer(merge_tables(models, output, force=force), json_file)
+        return
+    if len(models) != 1 or data is None:
+        raise typer.BadParameter("calibrate takes one MODEL and --data, or --merge and tables")
     options = _recipe(recipe, preprocess=preprocess, threads=threads, seed=seed)
     with progress_bars() as progress:
-        result = job(model, data, output, recipe=options, force=force, progress=progress)
+        result = job(
+            models[0],
+            data,
+            output,
+            recipe=options,
+            memory=_bytes(memory, "--memory"),
+            workers=workers,
+            ray=ray,
+            force=force,
+            progress=progress,
+        )
+    _answer(result, json_file)
+
+
+@app.command()
+def plan(
+    model: OnnxFile,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PLAN", help="The .yaml file to write.")],
+    data: Data = None,
+    table: Annotated[Path | None, typer.Option(metavar="TABLE", help="A table that calibrate wrote.")] = None,
+    preprocess: Preprocessing = None,
+    recipe: RecipeFile = None,
+    target: Target = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    force: Force = False,
+    json_file: Json = None,
+) -> None:
+    """Write how MODEL would be quantized, to be edited.
+
+    The exact passes run first, as in quantize.
+    """
+    from edgewise.optimizer.console import progress_bars
+    from edgewise.optimizer.plan_files import make_plan as job
+
+    options = _recipe(recipe, preprocess=preprocess, target=target, threads=threads, seed=seed)
+    with progress_bars() as progress:
+        result = job(model, output, data=data, table=table, recipe=options, force=force, progress=progress)
     _answer(result, json_file)
 
 
@@ -388,18 +486,25 @@ def quantize(
     output: Output,
     data: Data = None,
     table: Annotated[Path | None, typer.Option(metavar="TABLE", help="A table that calibrate wrote.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="PLAN", help="What plan wrote, perhaps edited.")
+    ] = None,
     preprocess: Preprocessing = None,
     recipe: RecipeFile = None,
     metric: MetricName = None,
     max_drop: MaxDrop = None,
+    objective: Objective = None,
+    portable: Portable = None,
+    fast: Fast = False,
     target: Target = None,
     threads: Threads = None,
     seed: Seed = None,
+    report: ReportFolder = None,
     no_benchmark: NoBenchmark = False,
     force: Force = False,
     json_file: Json = None,
 ) -> None:
-    """Write MODEL in static int8, judged on samples.
+    """Write MODEL in int8, as far as that is faster and keeps the bound.
 
     The exact passes run first; a recipe with fewer passes says otherwise.
     """
@@ -412,12 +517,25 @@ def quantize(
         benchmark=not no_benchmark,
         metric=metric,
         max_drop=max_drop,
+        objective=objective,
+        portable=portable,
+        fast=fast,
         target=target,
         threads=threads,
         seed=seed,
     )
     with progress_bars() as progress:
-        result = job(model, output, data=data, table=table, recipe=options, force=force, progress=progress)
+        result = job(
+            model,
+            output,
+            data=data,
+            table=table,
+            plan=plan,
+            recipe=options,
+            report=report,
+            force=force,
+            progress=progress,
+        )
     _answer(result, json_file)
 
 

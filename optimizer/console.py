@@ -24,6 +24,7 @@ from edgewise.optimizer.emit_ort import OrtFiles
 from edgewise.optimizer.inspection import Inspection, PassList, Tensor
 from edgewise.optimizer.jobs import CalibrationReport, Comparison
 from edgewise.optimizer.pipeline import Progress, StepReport
+from edgewise.optimizer.plan_files import PlanReport
 from edgewise.optimizer.profile_view import profile_view
 from edgewise.optimizer.profiling import ProfileReport
 from edgewise.optimizer.recipe import Recipe
@@ -32,7 +33,7 @@ from edgewise.optimizer.torch_export import ExportReport
 from edgewise.passes.prune_channels import ChannelCount
 from edgewise.runtime.latency import LatencyReport, ModelLatency, Ratio
 
-_STATUS_STYLES = {"applied": "green", "rolled back": "yellow"}
+_STATUS_STYLES = {"applied": "green", "left out": "dim", "rolled back": "yellow", "no change": "dim"}
 _VERDICT_STYLES = {"faster": "green", "slower": "red"}
 _REASONS_SHOWN = 4
 _CONDITIONS = {"provider": "provider", "threads": "threads", "batch": "batch", "concurrency": "at once"}
@@ -90,6 +91,18 @@ def _ort(ort: OrtFiles | None) -> list[RenderableType]:
         return []
     size = f"written: {ort.model}, {size_text(ort.bytes)}, error {ort.error:.0e}"
     return [Text(text, overflow="fold") for text in (size, f"written: {ort.operators}")]
+
+
+@view.register
+def _(report: PlanReport) -> RenderableType:
+    head, *rows = report.plan.rows()
+    plan, target = report.plan, report.plan.target
+    return Group(
+        Text(f"{len(plan.quantized)} of {len(plan.nodes)} nodes in int8 for {target}", style="bold"),
+        _table(head, rows, right=(3,), folds=(0, 5)),
+        Text(f"written: {report.path}", overflow="fold"),
+        *_notes(report.notes),
+    )
 
 
 @view.register
@@ -337,21 +350,24 @@ def _steps(steps: Iterable[StepReport]) -> RenderableType:
         table.add_row(
             step.step,
             Text(str(step.edits) if step.status == "applied" else step.status, _STATUS_STYLES[step.status]),
-            str(step.nodes),
-            size_text(step.bytes),
+            str(step.nodes or ""),
+            size_text(step.bytes) if step.bytes else "",
             "" if step.error is None else f"{step.error:.0e}",
             f"{step.seconds:.2f} s",
         )
     if idle:
-        remarks.append(
-            Padding(Text(f"nothing to do for {len(idle)} other passes", style="dim"), (0, 0, 0, 2))
-        )
+        remarks.append(Padding(Text(f"nothing to do for {_others(len(idle))}", style="dim"), (0, 0, 0, 2)))
     return Group(*([table] if table.rows else []), *remarks)
 
 
+def _others(count: int) -> str:
+    return f"{count} other pass{'' if count == 1 else 'es'}"
+
+
 def _remarks(step: StepReport) -> Iterator[RenderableType]:
-    if step.reason:
-        yield Padding(Text(f"{step.step} rolled back: {step.reason}", style="yellow"), (0, 0, 0, 2))
+    if step.remark:
+        style = _STATUS_STYLES[step.status]
+        yield Padding(Text(f"{step.step}: {step.remark}", style=style), (0, 0, 0, 2))
     refused = sorted(step.refused.items(), key=lambda item: -item[1])
     for reason, count in refused[:_REASONS_SHOWN]:
         yield Padding(Text(f"{step.step} refused {count}x: {reason}", style="dim"), (0, 0, 0, 2))

@@ -1,89 +1,241 @@
-"""Static int8 as one verified step: calibrate, plan, insert, judge; the next range method if it fails."""
+"""Static int8: of all that keeps the bound, the fastest on the target; or none, and why."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from edgewise.calibration.collect import collect
 from edgewise.calibration.data import Samples
-from edgewise.calibration.plan import observed_values, plan
+from edgewise.calibration.findings import findings
+from edgewise.calibration.placement import Costs, is_noisy
+from edgewise.calibration.plan import plan
 from edgewise.calibration.table import CalibrationTable
-from edgewise.calibration.target import Target
+from edgewise.calibration.target import X86_VNNI, target_of
 from edgewise.optimizer.judge import Judge
+from edgewise.optimizer.ladder import Attempt, Floats, Ground, attempt, best_ranges, calibrated, climb, polish
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes, run_step
-from edgewise.optimizer.recipe import Quantize
+from edgewise.optimizer.placing import Placer, find_placement
+from edgewise.optimizer.portability import SAFE, ported
+from edgewise.optimizer.recipe import Quantize, Recipe
+from edgewise.optimizer.sensitivity import NodeSensitivity, sensitivities
+from edgewise.optimizer.yardstick import Yardstick
 from edgewise.passes.insert_qdq import InsertQdq
+from edgewise.passes.quant_plan import QuantPlan
+from edgewise.runtime.machine import describe
 
 _FEWEST_JUDGES = 32  # below that, the samples that calibrate judge as well
+_FEWEST_KEPT_BACK = 8
+_MOST_KEPT_BACK = 32
+_BATCH = 8
+_MOST_ASKED = 16  # samples that sensitivity is measured on
+_RETREATS = 4  # each leaves a quarter of the noise that int8 may add
+_SLOWER = "every node is faster in float on this target"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Samples that calibrate and samples that judge; apart where there are enough."""
+    """Samples that calibrate, samples that tell which way is best, samples that judge.
+
+    Apart where there are enough.
+    """
 
     calibrate: Samples
+    choose: Samples
     judge: Samples
 
 
 def split(samples: Samples, count: int, seed: int) -> Split:
-    """Draw `count` samples to calibrate; the rest judges, or all of them where few are left."""
+    """Draw `count` samples to learn from, a quarter of them to choose by; the rest judges, or all of few."""
     order = np.random.default_rng(seed).permutation(len(samples))
-    rest = np.sort(order[count:])
+    known, rest = order[:count], np.sort(order[count:])
+    back = min(len(known) // 4, _MOST_KEPT_BACK)
+    kept, used = (known[:back], known[back:]) if back >= _FEWEST_KEPT_BACK else (known, known)
     return Split(
-        samples.take(np.sort(order[:count])), samples.take(rest) if len(rest) >= _FEWEST_JUDGES else samples
+        calibrate=samples.take(np.sort(used)),
+        choose=samples.take(np.sort(kept[:_MOST_KEPT_BACK])),
+        judge=samples.take(rest) if len(rest) >= _FEWEST_JUDGES else samples,
     )
 
 
 def prepare(
     model: ir.Model, options: Quantize, reference: Reference, *, progress: Progress = no_progress
 ) -> tuple[ir.Model, tuple[StepReport, ...]]:
-    """The model in the operators that have int8 kernels, and what that took; the same numbers come out."""
+    """The model in the operators that have int8 kernels, and what that took; the same numbers come out.
+
+    Every node has a name then, by which it is found again in what is made of it.
+    """
     prepared, steps = run_passes(model, options.preparation, reference, progress=progress)
+    for node in prepared.graph:
+        node.name = node.name or (node.outputs[0].name if node.outputs else None)
     return prepared, tuple(step for step in steps if step.status != "no change")
 
 
-def calibrate_for_int8(
+@dataclass(frozen=True)
+class Int8:
+    """What the search ended with. `model` is None where nothing kept the bound or paid: `why` says what.
+
+    `in_float` is what the model was made from, `sensitivity` what its nodes add to the noise, where that
+    had to be known.
+    """
+
+    model: ir.Model | None
+    plan: QuantPlan
+    in_float: ir.Model
+    table: CalibrationTable | None
+    steps: tuple[StepReport, ...]
+    why: str = ""
+    sensitivity: tuple[NodeSensitivity, ...] = field(default=(), repr=False)
+    notes: tuple[str, ...] = ()
+
+
+def plan_only(
     model: ir.Model,
-    samples: Samples,
-    options: Quantize,
+    table: CalibrationTable | None,
+    chosen: QuantPlan | None,
+    reference: Reference,
+    judge: Judge | None,
+    recipe: Recipe,
+) -> Int8:
+    """The plan that was `chosen`, or that follows from `table` by the target's rules, as it is."""
+    if chosen is None:
+        assert table is not None
+        options = recipe.quantize or Quantize()
+        by = dataclasses.replace(options.options, method=options.methods[0])
+        chosen = plan(model, table, by, target_of(recipe.target))
+    made, step = run_step(model, InsertQdq(chosen), reference, judge=judge)
+    step = dataclasses.replace(step, step=InsertQdq.name)
+    return Int8(made if step.status == "applied" else None, chosen, model, table, (step,), _why(step))
+
+
+def find_int8(
+    model: ir.Model,
+    parts: Split,
+    reference: Reference,
+    judge: Judge,
+    recipe: Recipe,
     *,
-    threads: int | None,
+    table: CalibrationTable | None = None,
     progress: Progress = no_progress,
-) -> CalibrationTable:
-    """Observe every value whose range an int8 plan of `model` needs."""
-    values = observed_values(model, options.options)
-    return collect(
-        model,
-        samples,
-        values,
-        threads=threads,
-        progress=lambda done: progress("calibrate", done, len(samples)),
+) -> Int8:
+    """Search ranges, rewrites, placement and roundings for the fastest int8 model that keeps the bound."""
+    options = recipe.quantize or Quantize()
+    target = target_of(recipe.target)
+    if target.saturates and options.portable == "off":
+        target = X86_VNNI
+    timed = options.search and recipe.benchmark is not None and recipe.objective != "size"
+    ground = Ground(
+        samples=parts.calibrate,
+        reference=reference,
+        yardstick=Yardstick(model, parts.choose, threads=recipe.threads),
+        options=options,
+        target=target.measured() if timed else target,
+        threads=recipe.threads,
+        progress=progress,
+    )
+    best, step = best_ranges(ground, model, table or calibrated(ground, model))
+    told = findings(best.table, (best.method,))
+    if not best.plan.quantized:
+        return Int8(None, best.plan, model, best.table, (), best.plan.why_nothing, notes=told)
+    best, climbed = climb(ground, best)
+    steps = (step, *climbed)
+    placer = _placer(ground, best, parts.choose, recipe) if timed else _unmeasured(best)
+    if not placer.able - placer.floats.keys():
+        return Int8(None, best.plan, best.model, best.table, steps, _SLOWER, notes=told)
+    result = _within_bound(ground, best, placer, judge, steps)
+    return dataclasses.replace(result, notes=(*told, *result.notes))
+
+
+def _placer(ground: Ground, best: Attempt, samples: Samples, recipe: Recipe) -> Placer:
+    with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
+        return find_placement(
+            best.model,
+            lambda floats: _replanned(ground, best, floats).plan,
+            next(iter(samples)),
+            recipe,
+            Path(folder),
+            ground.progress,
+        )
+
+
+def _unmeasured(best: Attempt) -> Placer:
+    """All nodes count alike where none was timed."""
+    able = frozenset(n.output for n in best.plan.quantized)
+    return Placer(best.model, able, Costs(dict.fromkeys(able, 1.0), {}), {})
+
+
+def _replanned(ground: Ground, best: Attempt, floats: Floats) -> Attempt:
+    """The same attempt with other nodes in float, not judged."""
+    options = dataclasses.replace(ground.options.options, method=best.method)
+    chosen = plan(best.model, best.table, options, ground.target, floats=floats)
+    return dataclasses.replace(best, plan=chosen, edits={})
+
+
+def _within_bound(
+    ground: Ground, best: Attempt, placer: Placer, judge: Judge, steps: tuple[StepReport, ...]
+) -> Int8:
+    """The fastest placement; if it breaks the bound, the fastest with a quarter of its noise, and so on."""
+    floats, noise = placer.floats, 0.0
+    found: tuple[NodeSensitivity, ...] = ()
+    for retreat in range(_RETREATS + 1):
+        if retreat == 1:
+            found = _sensitivity(ground, _replanned(ground, best, floats))
+            noise = sum(node.noise_share for node in found)
+        if retreat:
+            floats = placer.within({n.output: n.noise_share for n in found}, noise / 4**retreat).floats
+        now = attempt(ground, best.model, best.table, best.method, floats)
+        if not now.plan.quantized:
+            break
+        now, room, verdict = _with_room(ground, now, floats)
+        now, polished = polish(ground, now)
+        made, step = run_step(now.edited, InsertQdq(now.plan), ground.reference, judge=judge)
+        steps += (*room, *polished, dataclasses.replace(step, step=_named(now)))
+        if step.status == "applied":
+            return Int8(
+                made, now.plan, now.edited, now.table, steps, "", _with_forms(found, now.plan), verdict
+            )
+    return Int8(None, best.plan, best.model, best.table, steps, _why(steps[-1]), found)
+
+
+def _with_room(
+    ground: Ground, now: Attempt, floats: Floats
+) -> tuple[Attempt, tuple[StepReport, ...], tuple[str, ...]]:
+    """The attempt that does best without saturating on x86 without VNNI, and a word on that."""
+    if not ground.target.saturates:
+        return now, (), ()
+    if not ground.options.search:
+        return now, (), (SAFE,)
+    found = ported(ground, now, floats, here=describe().int8_saturates)
+    return found.attempt, (found.step,), (found.verdict,)
+
+
+def _sensitivity(ground: Ground, best: Attempt) -> tuple[NodeSensitivity, ...]:
+    samples = ground.yardstick.samples
+    few = samples.take(range(min(len(samples), _MOST_ASKED)))
+    return sensitivities(
+        best.model, best.plan, tuple(few.batches(_BATCH)), threads=ground.threads, progress=ground.progress
     )
 
 
-def quantize_step(
-    model: ir.Model,
-    table: CalibrationTable,
-    reference: Reference,
-    judge: Judge | None,
-    options: Quantize,
-    target: Target,
-    *,
-    progress: Progress = no_progress,
-    strict: bool = False,
-) -> tuple[ir.Model | None, tuple[StepReport, ...]]:
-    """The int8 model by the first range method that keeps the bound, or None; and every attempt."""
-    attempts: list[StepReport] = []
-    for done, method in enumerate(options.methods):
-        progress(f"int8 by {method} ranges", done, len(options.methods))
-        chosen = plan(model, table, dataclasses.replace(options.options, method=method), target)
-        made, step = run_step(model, InsertQdq(chosen), reference, judge=judge, strict=strict)
-        attempts.append(dataclasses.replace(step, step=f"{InsertQdq.name} by {method} ranges"))
-        if step.status != "rolled back":
-            progress(f"int8 by {method} ranges", len(options.methods), len(options.methods))
-            return (made if step.status == "applied" else None), tuple(attempts)
-    return None, tuple(attempts)
+def _with_forms(found: tuple[NodeSensitivity, ...], chosen: QuantPlan) -> tuple[NodeSensitivity, ...]:
+    """What became of the nodes that were asked about."""
+    why = {n.output: n.why for n in chosen.nodes if n.form == "float"}
+    return tuple(
+        dataclasses.replace(n, form="float by accuracy" if is_noisy(why[n.output]) else "float by speed")
+        if n.output in why
+        else n
+        for n in found
+    )
+
+
+def _named(now: Attempt) -> str:
+    """A step by how much of the model it takes to int8."""
+    return f"{InsertQdq.name}: {len(now.plan.quantized)} of {len(now.plan.nodes)} nodes"
+
+
+def _why(step: StepReport) -> str:
+    return step.reason or "no node of the plan is in the model"

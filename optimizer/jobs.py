@@ -6,37 +6,38 @@ import dataclasses
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from edgewise.calibration.cluster import crew_of
+from edgewise.calibration.collect import MEMORY
 from edgewise.calibration.data import Preprocess, Samples
+from edgewise.calibration.findings import findings
+from edgewise.calibration.partial import collect_to
+from edgewise.calibration.plan import observed_values
+from edgewise.calibration.sharding import Task
 from edgewise.calibration.table import CalibrationTable
-from edgewise.calibration.target import target_of
 from edgewise.optimizer import files
+from edgewise.optimizer.candidates import Given
 from edgewise.optimizer.choice import INPUT, choose
 from edgewise.optimizer.comparison import Difference, differences
 from edgewise.optimizer.inputs import RANDOM, as_samples, check_inputs
-from edgewise.optimizer.int8 import calibrate_for_int8, prepare, quantize_step, split
+from edgewise.optimizer.int8 import prepare
 from edgewise.optimizer.judge import Judge
-from edgewise.optimizer.optimization import (
-    Start,
-    begin,
-    check_targets,
-    measure_files,
-    stamp_of,
-    write_result,
-)
+from edgewise.optimizer.optimization import check_targets, measure_files, run_job, stamp_of, write_result
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes
 from edgewise.optimizer.probe import probe_feeds
 from edgewise.optimizer.recipe import Quantize, Recipe
 from edgewise.optimizer.report import Report, Score, facts_of, plain
+from edgewise.optimizer.start import Start, begin
 from edgewise.optimizer.version import VERSION
-from edgewise.runtime.errors import EdgewiseError, InputError
+from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Evaluator
-from edgewise.runtime.session import check_provider
 
 ModelPath = str | os.PathLike[str]
 _PRUNED, _INT8 = "pruned", "int8"
@@ -176,13 +177,19 @@ def calibrate(
     output: ModelPath,
     *,
     recipe: Recipe | None = None,
+    memory: int = MEMORY,
+    workers: int | None = None,
+    ray: str | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> CalibrationReport:
     """Observe all samples and write the table of what every value held, an .npz file for `quantize`.
 
     What is observed is `model` after the exact passes of the recipe: `quantize` with the same recipe
-    meets the same model. Raises `InputError` on input that cannot be used.
+    meets the same model. Up to `memory` bytes of values are held at once. The samples are split over
+    `workers` processes, or with `ray` over the Ray cluster of that address ("local" starts one); the table is
+    the same. An interrupted run leaves `output` + ".part", and the same call goes on from there. Raises
+    `InputError` on input that cannot be used, `EdgewiseError` where workers keep dying.
     """
     begin = time.perf_counter()
     output = Path(output)
@@ -190,8 +197,13 @@ def calibrate(
     options = recipe.quantize or Quantize()
     job = _prepared(_start(model, output, data, recipe, force, progress), options, progress)
     assert job.samples is not None
-    table = calibrate_for_int8(job.exact, job.samples, options, threads=recipe.threads, progress=progress)
-    table.save(output)
+    values, total = observed_values(job.exact, options.options), len(job.samples)
+    table, notes = collect_to(
+        output,
+        Task(job.exact, job.samples, values, recipe.threads, memory),
+        crew_of(workers, ray),
+        progress=lambda done: progress("calibrate", done, total),
+    )
     return CalibrationReport(
         model=str(job.path),
         path=str(output),
@@ -200,7 +212,30 @@ def calibrate(
         values=len(table.sketches),
         digest=table.digest,
         seconds=time.perf_counter() - begin,
-        notes=job.notes,
+        notes=(*job.notes, *notes, *findings(table)),
+    )
+
+
+def merge_tables(tables: Sequence[ModelPath], output: ModelPath, *, force: bool = False) -> CalibrationReport:
+    """Write the table of all samples of some tables: that which one run over them all would have written.
+
+    Raises `InputError` unless they are of the same model and the same values.
+    """
+    begin, output = time.perf_counter(), Path(output)
+    if not tables:
+        raise InputError("there is no table to merge: name those that calibrate wrote")
+    files.check_writable(output, force=force)
+    merged = reduce(CalibrationTable.merge, map(CalibrationTable.load, tables))
+    merged.save(output)
+    return CalibrationReport(
+        model=f"fingerprint {merged.fingerprint[:12]}",
+        path=str(output),
+        source=", ".join(map(str, tables)),
+        samples=merged.samples,
+        values=len(merged.sketches),
+        digest=merged.digest,
+        seconds=time.perf_counter() - begin,
+        notes=findings(merged),
     )
 
 
@@ -210,55 +245,35 @@ def quantize(
     *,
     data: str | Samples | None = None,
     table: ModelPath | None = None,
+    plan: ModelPath | None = None,
     recipe: Recipe | None = None,
+    report: ModelPath | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Report:
-    """Write `model` in static int8, after the exact passes of the recipe.
+    """Write the fastest form of `model` that keeps the bound, in static int8 as far as that pays.
 
     The ranges come from `table`, which `calibrate` wrote, or from `data`; samples that do not calibrate
-    judge. Unlike `optimize` this writes the int8 model even if it is slower: the report tells. Raises
-    `InputError` on input that cannot be used, `EdgewiseError` if nothing can be int8 or every range
-    method costs more than the recipe's `max_drop`.
+    judge. A `plan` says what becomes of every node and value. Where nothing wins, the model is written in
+    float, and the report says why. Raises `InputError` on input that cannot be used, `EdgewiseError` if
+    nothing in the model can be int8.
     """
-    if data is None and table is None:
+    if data is None and table is None and plan is None:
         raise InputError("int8 needs the ranges of values: pass samples with --data, or a table with --table")
     recipe = recipe or Recipe()
-    options = recipe.quantize or Quantize()
-    check_provider(recipe.target)
-    check_targets(Path(output), recipe, Path(model), force=force)
-    loaded = None if table is None else CalibrationTable.load(table)
-    job = _prepared(_start(model, Path(output), data, recipe, force, progress), options, progress)
-    loaded, judges = _calibration(job, loaded, options, progress)
-    judge = (
-        None
-        if judges is None
-        else Judge(job.original, judges, recipe.metric, recipe.max_drop, recipe.threads)
+    recipe = recipe.model_copy(update={"quantize": recipe.quantize or Quantize()})
+    ranges = None if table is None else CalibrationTable.load(table)
+    given = Given(ranges, None if plan is None else Path(plan), int8=True)
+    return run_job(
+        model,
+        Path(output),
+        data=data,
+        recipe=recipe,
+        given=given,
+        report=report,
+        force=force,
+        progress=progress,
     )
-    int8, attempts = quantize_step(
-        job.exact, loaded, job.reference, judge, options, target_of(recipe.target), progress=progress
-    )
-    if int8 is None:
-        why = attempts[-1].reason or "none of its operators can be int8: see edgewise inspect"
-        raise EdgewiseError(f"{job.path} was not quantized: {why}")
-    job = dataclasses.replace(job, steps=job.steps + attempts)
-    notes = job.notes if judge is not None else (*job.notes, _NOT_JUDGED)
-    return _write(job, _INT8, int8, Path(output), force, progress, notes=notes, judge=judge, table=loaded)
-
-
-def _calibration(
-    job: _Job, table: CalibrationTable | None, options: Quantize, progress: Progress
-) -> tuple[CalibrationTable, Samples | None]:
-    """The table that was given or is made now, and the samples that judge."""
-    if table is not None:
-        table.check(job.exact)
-        return table, job.samples
-    assert job.samples is not None
-    parts = split(job.samples, options.samples, job.recipe.seed)
-    made = calibrate_for_int8(
-        job.exact, parts.calibrate, options, threads=job.recipe.threads, progress=progress
-    )
-    return made, parts.judge
 
 
 def _write(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgewise.optimizer.comparison import decibels
-from edgewise.passes.base import Refused
-from edgewise.passes.graph import Array, constant_of, static_shape
-from edgewise.passes.infer_shapes import infer_shapes
+from edgewise.passes.graph import Array, constant_of
+from edgewise.passes.infer_shapes import shapes_on
 from edgewise.runtime.evaluate import Evaluator, Feed
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
@@ -147,15 +145,8 @@ def _is_dequantized(value: ir.Value) -> bool:
 
 def _sizes(model: ir.Model, feed: Feed) -> dict[str, int]:
     """Bytes of the values of both models on inputs like `feed`, as far as shapes are known."""
-    sized = model.clone()
-    for value in sized.graph.inputs:
-        if (array := feed.get(value.name or "")) is not None:
-            value.shape = ir.Shape(np.shape(array))
-    sized.graph.outputs.clear()  # they would keep the open dimensions that they declare
-    with contextlib.suppress(Refused):  # then shapes are those that the file declares
-        infer_shapes(sized)
-    shapes = {v.name or "": static_shape(v) for node in sized.graph for v in node.outputs}
-    return {name: 8 * math.prod(shape) for name, shape in shapes.items() if shape is not None}
+    shapes = shapes_on(model, {name: np.shape(array) for name, array in feed.items()})
+    return {name: 8 * math.prod(shape) for name, shape in shapes.items()}
 
 
 def _groups(layers: Sequence[_Layer], sizes: dict[str, int], memory: int) -> list[list[_Layer]]:

@@ -57,19 +57,25 @@ def agreement(outputs: Outputs, original: Outputs, _: Array | None) -> float:
 
 def fidelity(outputs: Outputs, original: Outputs, _: Array | None) -> float:
     """1 - noise energy / signal energy, the worst of all float outputs: 0.99 is 20 dB, 0.999 is 30 dB."""
-    shares = [
-        _noise_share(original[name], outputs[name])
-        for name in original
-        if np.issubdtype(original[name].dtype, np.floating)
-    ]
-    if not shares:
+    if not _floats(original):
         raise InputError("metric fidelity needs an output of floats: use equality, or a metric of your own")
-    return 1.0 - max(shares)
+    return 1.0 - noise_share(outputs, original)
 
 
 def equality(outputs: Outputs, original: Outputs, _: Array | None) -> float:
     """Share of elements that are the original's, in the worst of all outputs: classes, masks, texts."""
     return min(float(np.mean(outputs[name] == original[name])) for name in original)
+
+
+def noise_share(outputs: Outputs, original: Outputs) -> float:
+    """Noise energy over signal energy, the worst of all float outputs; else the share that differs."""
+    if names := _floats(original):
+        return max(_noise_share(original[name], outputs[name]) for name in names)
+    return 1.0 - equality(outputs, original, None)
+
+
+def _floats(outputs: Outputs) -> list[str]:
+    return [name for name, output in outputs.items() if np.issubdtype(output.dtype, np.floating)]
 
 
 def _noise_share(expected: Array, actual: Array) -> float:

@@ -6,31 +6,25 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 
 from edgewise.calibration.data import Samples
 from edgewise.calibration.table import CalibrationTable
-from edgewise.calibration.target import target_of
 from edgewise.optimizer import files
 from edgewise.optimizer.bisection import culprit
+from edgewise.optimizer.candidates import EXACT, INT8, Given, Made, make_candidates
 from edgewise.optimizer.choice import INPUT, choose
 from edgewise.optimizer.emit_ort import OrtFiles, emit_ort, files_beside
-from edgewise.optimizer.inputs import RANDOM
-from edgewise.optimizer.int8 import calibrate_for_int8, prepare, quantize_step, split
-from edgewise.optimizer.interface import Adapted, adapt
-from edgewise.optimizer.judge import Judge
 from edgewise.optimizer.layers import layer_noise
-from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes
-from edgewise.optimizer.probe import probe_feeds
+from edgewise.optimizer.pipeline import Progress, StepReport, no_progress
 from edgewise.optimizer.profiling import profile
 from edgewise.optimizer.recipe import Recipe
 from edgewise.optimizer.report import Report, facts_of, write_report
 from edgewise.optimizer.runtimes import limits_of
+from edgewise.optimizer.start import Start, begin
 from edgewise.optimizer.torch_export import is_torch_target, to_model
-from edgewise.optimizer.transformers import with_hidden_keys
 from edgewise.optimizer.version import VERSION
 from edgewise.passes.base import Pass
 from edgewise.runtime.conditions import Conditions
@@ -39,15 +33,8 @@ from edgewise.runtime.evaluate import Feed
 from edgewise.runtime.latency import LatencyReport, measure
 from edgewise.runtime.session import check_provider
 
-EXACT, INT8 = "exact", "int8"
-
-_NO_SAMPLES = (
-    "no samples were given, so only exact passes ran: with --data (unlabelled samples are enough) static "
-    "int8 can be calibrated and judged, and every step is checked on real inputs"
-)
 _SLOWER = "the model was measured to be slower after it"
 _MOST_TAKEN_BACK = 3  # searches for a pass that makes the model slower take a minute each
-_AS_ASKED = "what is measured and compared as the input is the model with the changes that were asked for"
 
 
 def optimize(
@@ -67,7 +54,32 @@ def optimize(
     `x=1x3x224x224`. Without `data` only exact passes run. The result is measured against the input on
     the recipe's target and is never slower. Raises `InputError` on input that cannot be used.
     """
-    recipe, output = recipe or Recipe(), Path(output)
+    return run_job(
+        model,
+        Path(output),
+        data=data,
+        inputs=inputs,
+        recipe=recipe or Recipe(),
+        given=Given(),
+        report=report,
+        force=force,
+        progress=progress,
+    )
+
+
+def run_job(
+    model: str | os.PathLike[str],
+    output: Path,
+    *,
+    data: str | Samples | None,
+    inputs: Sequence[str] = (),
+    recipe: Recipe,
+    given: Given,
+    report: str | os.PathLike[str] | None = None,
+    force: bool,
+    progress: Progress,
+) -> Report:
+    """The job of `optimize`, with what is `given` to it."""
     check_provider(recipe.target)
     check_targets(output, recipe, Path(model), force=force)
     with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
@@ -75,7 +87,7 @@ def optimize(
         start = begin(as_file(model, inputs, scratch, seed=recipe.seed), data, recipe)
         if report is not None:
             files.make_folder(Path(report))
-        made, recipe = _make_none_slower(start, recipe, scratch, progress)
+        made, recipe = _make_none_slower(start, recipe, given, scratch, progress)
         result = _choose_and_write(start, made, recipe, output, force=force)
         if report is not None:
             result = _explained(result, [start.file(scratch), output], made, start.samples, recipe, progress)
@@ -103,95 +115,16 @@ def check_targets(output: Path, recipe: Recipe, source: Path, *, force: bool) ->
         files.check_writable(path, force=force, source=source)
 
 
-@dataclass(frozen=True)
-class Start:
-    """A model that was read from `path` and made what was asked for, and what it is run on."""
-
-    path: Path
-    adapted: Adapted
-    samples: Samples | None
-    feeds: tuple[Feed, ...]
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What people should know of it."""
-        random = self.samples is not None and self.samples.random
-        return (*((RANDOM,) if random else ()), *((_AS_ASKED,) if self.adapted.changes else ()))
-
-    def file(self, scratch: Path) -> Path:
-        """The file of the model as it was asked for, in `scratch` where that is not as it came."""
-        if not self.adapted.changes:
-            return self.path
-        path = scratch / f"{self.path.stem}.as-asked.onnx"
-        return path if path.exists() else files.save(self.adapted.model, path)
-
-
-def begin(path: Path, data: str | Samples | None, recipe: Recipe) -> Start:
-    """Read a model, make it what the recipe asks for and see that it still answers as it did."""
-    adapted = adapt(files.load(path), recipe)
-    samples = adapted.samples(data, recipe.preprocess, recipe.seed)
-    feeds = probe_feeds(adapted.model, samples, seed=recipe.seed)
-    adapted.verify(feeds, threads=recipe.threads)
-    if recipe.fuse_for_onnxruntime is not None:
-        feeds = with_hidden_keys(adapted.model, feeds)
-    return Start(path, adapted, samples, feeds)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """The models a run made, by name and in order of ambition, and how."""
-
-    models: Mapping[str, ir.Model]
-    steps: tuple[StepReport, ...]
-    feeds: tuple[Feed, ...]
-    judge: Judge | None = None
-    table: CalibrationTable | None = None
-    notes: tuple[str, ...] = ()
-    in_float: ir.Model | None = None
-    """What the int8 model was made from."""
-    stamp: Mapping[str, str] = field(default_factory=dict)
-    paths: Mapping[str, Path] = field(default_factory=dict)
-    """Where the models are saved."""
-    latency: LatencyReport | None = None
-
-
-def _make(start: Start, recipe: Recipe, progress: Progress) -> _Made:
-    """Run the exact chain and, where samples allow, int8."""
-    original, samples, notes = start.adapted.model, start.samples, start.notes
-    reference = Reference(original, start.feeds, threads=recipe.threads)
-    exact, steps = run_passes(original, recipe.chain, reference, progress=progress)
-    models = {INPUT: original}
-    if exact is not original:
-        models[EXACT] = exact
-    if samples is None:
-        return _Made(models, steps, reference.feeds, notes=(_NO_SAMPLES, *notes))
-    if recipe.quantize is None:
-        judge = Judge(original, samples, recipe.metric, recipe.max_drop, recipe.threads)
-        return _Made(models, steps, reference.feeds, judge, notes=notes)
-    parts = split(samples, recipe.quantize.samples, recipe.seed)
-    judge = Judge(original, parts.judge, recipe.metric, recipe.max_drop, recipe.threads)
-    ready, preparation = prepare(exact, recipe.quantize, reference, progress=progress)
-    table = calibrate_for_int8(
-        ready, parts.calibrate, recipe.quantize, threads=recipe.threads, progress=progress
-    )
-    int8, attempts = quantize_step(
-        ready, table, reference, judge, recipe.quantize, target_of(recipe.target), progress=progress
-    )
-    if int8 is not None:
-        models[INT8] = int8
-    return _Made(models, steps + preparation + attempts, reference.feeds, judge, table, notes, ready)
-
-
 def _make_none_slower(
-    start: Start, recipe: Recipe, scratch: Path, progress: Progress
-) -> tuple[_Made, Recipe]:
+    start: Start, recipe: Recipe, given: Given, scratch: Path, progress: Progress
+) -> tuple[Made, Recipe]:
     """Make the models and measure them; an exact pass that made the model slower is found and left out.
 
     Gives back the recipe as it was followed.
     """
     taken_back: tuple[StepReport, ...] = ()
     while True:
-        made = _measured(start, _make(start, recipe, progress), recipe, scratch, progress)
+        made = _measured(start, make_candidates(start, recipe, given, progress), recipe, scratch, progress)
         made = dataclasses.replace(made, steps=taken_back + made.steps)
         guilty = None
         if _is_slower(made.latency, EXACT) and len(taken_back) < _MOST_TAKEN_BACK:
@@ -203,7 +136,7 @@ def _make_none_slower(
         recipe = shorter
 
 
-def _measured(start: Start, made: _Made, recipe: Recipe, scratch: Path, progress: Progress) -> _Made:
+def _measured(start: Start, made: Made, recipe: Recipe, scratch: Path, progress: Progress) -> Made:
     """The models saved, all but the input with the stamp of their making, and measured."""
     stamp = stamp_of(recipe, files.sha256(start.path), made.table)
     paths = {
@@ -221,7 +154,7 @@ def _is_slower(latency: LatencyReport | None, name: str) -> bool:
     return any(ratio.name == name and ratio.verdict == "slower" for ratio in ratios)
 
 
-def _culprit(start: Start, made: _Made, recipe: Recipe, scratch: Path, progress: Progress) -> Pass:
+def _culprit(start: Start, made: Made, recipe: Recipe, scratch: Path, progress: Progress) -> Pass:
     """The exact pass from which on the model is slower than the input."""
     passes = {step.spec: step for step in recipe.chain}
     applied = [passes[s.step] for s in made.steps if s.status == "applied" and s.step in passes]
@@ -234,9 +167,10 @@ def _culprit(start: Start, made: _Made, recipe: Recipe, scratch: Path, progress:
     return culprit(start.adapted.model, applied, is_slower)
 
 
-def _choose_and_write(start: Start, made: _Made, recipe: Recipe, output: Path, *, force: bool) -> Report:
+def _choose_and_write(start: Start, made: Made, recipe: Recipe, output: Path, *, force: bool) -> Report:
     """Write the best of what was made and report."""
-    candidates = choose({name: files.file_bytes(p) for name, p in made.paths.items()}, made.latency)
+    sizes = {name: files.file_bytes(p) for name, p in made.paths.items()}
+    candidates = choose(sizes, made.latency, recipe.objective)
     chosen = next(c.name for c in candidates if c.chosen)
     ort = write_result(made.models[chosen], made.stamp, recipe, output, made.feeds, force=force)
     score, found = (None, ()) if made.judge is None else made.judge.verdict(made.models[chosen])
@@ -262,15 +196,15 @@ def _choose_and_write(start: Start, made: _Made, recipe: Recipe, output: Path, *
 def _explained(
     result: Report,
     paths: Sequence[Path],
-    made: _Made,
+    made: Made,
     samples: Samples | None,
     recipe: Recipe,
     progress: Progress,
 ) -> Report:
     """The report with what takes time to find out and only a page shows: noise by layer, where time goes."""
-    if result.chosen == INT8 and made.in_float is not None:  # the noise of exact passes is rounding
+    if result.chosen == INT8 and made.int8 is not None:  # the noise of exact passes is rounding
         progress("noise of every layer", 0, 0)
-        noise = layer_noise(made.in_float, made.models[INT8], made.feeds, threads=recipe.threads)
+        noise = layer_noise(made.int8.in_float, made.models[INT8], made.feeds, threads=recipe.threads)
         result = dataclasses.replace(result, layers=noise)
     if recipe.benchmark is None:
         return result

@@ -37,7 +37,8 @@ def no_progress(_stage: str, _done: int, _total: int) -> None:
 class StepReport:
     """What one pass did to the model, and what became of it.
 
-    `status` is "applied", "no change" or "rolled back", the last with its `reason`. `error` is the
+    `status` is "applied", "no change", "left out" (it did not help) or "rolled back" (it broke its contract),
+    the last two with a `reason`; of an applied one that is what it brought. `error` is the
     largest difference from the original's outputs relative to their largest value, `score` the
     metric of a lossy step; both None where nothing was measured. `nodes` and `bytes` are those
     after the step.
@@ -54,6 +55,11 @@ class StepReport:
     nodes: int = 0
     bytes: int = 0
     reason: str = ""
+
+    @property
+    def remark(self) -> str:
+        """The reason, and what it is the reason of."""
+        return self.reason if self.status == "applied" or not self.reason else f"{self.status}: {self.reason}"
 
 
 class BreachError(EdgewiseError):

@@ -22,6 +22,8 @@ from edgewise.runtime.errors import InputError
 
 TargetName = Literal["cpu", "cuda", "tensorrt", "openvino"]
 
+_FAST_SECONDS = 3.0
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,18 +41,32 @@ def _exact(specs: tuple[str, ...]) -> tuple[str, ...]:
     return specs
 
 
-class Quantize(_Frozen):
-    """How int8 is made. The methods are tried in turn until one keeps the bound.
+Rung = Literal["equalize", "smooth", "bias", "round", "shift"]
 
-    `prepare` holds exact passes that run before: what they write may be slower in float, and has int8
-    kernels where what was there has none.
+
+Format = Literal["auto", "qdq", "qoperator", "dynamic", "int4-weights", "int8-weights", "float16", "bfloat16"]
+
+
+class Quantize(_Frozen):
+    """How int8 is made. The `format` auto is QDQ, with dynamic int8 as its rival where that is possible.
+
+    Of the range `methods` the one whose int8 model is nearest to the float model counts; each rung of the
+    `ladder` is kept where it brings the outputs nearer. `prepare` holds exact passes that run before: what
+    they write may be slower in float, and has int8 kernels where what was there has none. With `search`
+    every node is timed in float and in int8 on the target and runs in what is faster, as a whole; without,
+    rules for the target decide. `portable` keeps processors without VNNI from saturating: "auto" where that
+    costs less than 0.1 dB.
     """
 
-    methods: tuple[Literal["minmax", "percentile", "entropy", "mse"], ...] = Field(
-        default=("minmax", "mse", "percentile", "entropy"), min_length=1
+    methods: tuple[Literal["minmax", "average", "percentile", "entropy", "mse"], ...] = Field(
+        default=("minmax", "mse", "percentile", "entropy", "average"), min_length=1
     )
     options: QuantOptions = QuantOptions()
     prepare: tuple[str, ...] = PREPARATION
+    ladder: tuple[Rung, ...] = ("equalize", "smooth", "bias", "round", "shift")
+    search: bool = True
+    format: Format = "auto"
+    portable: Literal["auto", "on", "off"] = "auto"
     samples: int = Field(default=128, ge=1, description="samples that calibrate; the rest judges")
 
     @field_validator("prepare")
@@ -72,7 +88,8 @@ class Benchmark(_Frozen):
 
 
 class Recipe(_Frozen):
-    """The whole job. `max_drop` is in units of the metric: 0.01 of top1 is one point.
+    """The whole job. `max_drop` is in units of the metric: 0.01 of top1 is one point. Of what keeps it the
+    `objective` chooses: the fastest, the smallest whatever time it takes, or the least product of both.
 
     What a device needs of the file is done first, and whatever else is done starts from there: open
     dimensions get a size (`fix_dims`: batch=1), `outputs` are kept and all others cut, the image input
@@ -97,6 +114,7 @@ class Recipe(_Frozen):
     fuse_for_onnxruntime: str | None = None
     metric: str | None = None
     max_drop: float = Field(default=0.01, ge=0)
+    objective: Literal["latency", "size", "balanced"] = "latency"
     target: TargetName = "cpu"
     threads: int | None = Field(default=None, ge=1)
     seed: int = 0
@@ -144,6 +162,16 @@ class Recipe(_Frozen):
     def to_yaml(self) -> str:
         """Text that `load_recipe` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def fast(self) -> Recipe:
+        """The same job without its searches: rules and one range method instead of measurements."""
+        quantize = self.quantize and self.quantize.model_copy(
+            update={"search": False, "ladder": (), "methods": self.quantize.methods[:1]}
+        )
+        benchmark = self.benchmark and self.benchmark.model_copy(
+            update={"max_seconds": min(self.benchmark.max_seconds, _FAST_SECONDS)}
+        )
+        return self.model_copy(update={"quantize": quantize, "benchmark": benchmark})
 
     def with_options(self, **options: Any) -> Recipe:
         """The recipe with every option that is not None in place of its own value."""

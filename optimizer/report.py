@@ -18,6 +18,7 @@ from edgewise.optimizer.files import make_folder, tensors, write_text
 from edgewise.optimizer.layers import LayerNoise
 from edgewise.optimizer.pipeline import StepReport
 from edgewise.optimizer.profiling import ProfileReport
+from edgewise.optimizer.sensitivity import NodeSensitivity
 from edgewise.passes.graph import opset
 from edgewise.runtime.latency import LatencyReport
 
@@ -95,6 +96,7 @@ class Report:
     profiles: ProfileReport | None = None
     changes: tuple[str, ...] = ()
     ort: OrtFiles | None = None
+    sensitivity: tuple[NodeSensitivity, ...] = ()
 
     @property
     def chosen(self) -> str:
@@ -125,6 +127,9 @@ class Report:
             parts += ["\n## Latency\n", table(LATENCY_COLUMNS, latency_rows(self.latency))]
         if self.differences:
             parts += ["\n## Outputs against the input model\n", *(f"- {d}\n" for d in self.differences)]
+        if self.sensitivity:
+            parts += ["\n## What int8 costs, node by node\n"]
+            parts += [table(SENSITIVITY_COLUMNS, sensitivity_rows(self.sensitivity))]
         if self.notes:
             parts += ["\n## Notes\n", *(f"- {note}\n" for note in self.notes)]
         parts += ["\n## Recipe\n\n```json\n", json.dumps(plain(self.recipe), indent=2), "\n```\n"]
@@ -167,6 +172,7 @@ STEP_COLUMNS = (
     "refused or rolled back because",
 )
 CANDIDATE_COLUMNS = ("candidate", "size", "speed-up", "95 % interval", "written", "why")
+SENSITIVITY_COLUMNS = ("node", "operator", "noise of the signal", "runs as")
 LATENCY_COLUMNS = ("model", "median ms", "95 % interval", "p90", "p99", "min", "load ms", "peak MB", "runs")
 
 
@@ -235,6 +241,12 @@ def candidate_rows(candidates: Iterable[Candidate]) -> list[Row]:
         )
         for c in candidates
     ]
+
+
+def sensitivity_rows(found: Iterable[NodeSensitivity]) -> list[Row]:
+    """A row a node that adds noise in int8, the noisiest first."""
+    noisy = [n for n in sorted(found, key=lambda n: n.snr_db) if math.isfinite(n.snr_db)]
+    return [(n.output, n.op_type, f"{-n.snr_db:.1f} dB", n.form) for n in noisy]
 
 
 def latency_rows(report: LatencyReport) -> list[Row]:

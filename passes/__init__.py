@@ -9,6 +9,8 @@ import yaml
 
 from edgewise.passes.absorb_shuffles import AbsorbShuffles
 from edgewise.passes.base import Pass
+from edgewise.passes.convert_ends import ConvertEnds
+from edgewise.passes.convert_floats import ConvertFloats
 from edgewise.passes.dedupe_initializers import DedupeInitializers
 from edgewise.passes.drop_dead_nodes import DropDeadNodes
 from edgewise.passes.drop_default_attributes import DropDefaultAttributes
@@ -17,6 +19,7 @@ from edgewise.passes.drop_impossible_branches import DropImpossibleBranches
 from edgewise.passes.drop_no_ops import DropNoOps
 from edgewise.passes.drop_zero_states import DropZeroStates
 from edgewise.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
+from edgewise.passes.equalize_channels import EqualizeChannels
 from edgewise.passes.fix_dimensions import FixDimensions
 from edgewise.passes.fold_constant_channels import FoldConstantChannels
 from edgewise.passes.fold_constants import FoldConstants
@@ -47,9 +50,14 @@ from edgewise.passes.merge_slices import MergeSlices
 from edgewise.passes.merge_transposes import MergeTransposes
 from edgewise.passes.prune_channels import PruneChannels
 from edgewise.passes.push_transposes import PushTransposes
+from edgewise.passes.quantize_dynamic import QuantizeDynamic
+from edgewise.passes.quantize_weights import QuantizeWeights
+from edgewise.passes.smooth_inputs import SmoothInputs
 from edgewise.passes.split_before_transpose import SplitBeforeTranspose
 from edgewise.passes.split_conv_transpose import SplitConvTranspose
+from edgewise.passes.store_weights import StoreWeights
 from edgewise.passes.strip_debug import StripDebug
+from edgewise.passes.to_qoperator import ToQOperator
 from edgewise.passes.uint8_input import Uint8Input
 from edgewise.passes.unroll_loop import UnrollLoop
 from edgewise.passes.upgrade_opset import UpgradeOpset
@@ -96,12 +104,20 @@ _ALL: tuple[type[Pass], ...] = (
     DropDefaultAttributes,
     WriteFills,
     SplitConvTranspose,
+    EqualizeChannels,
+    SmoothInputs,
     InsertQdq,
+    ToQOperator,
+    QuantizeDynamic,
+    QuantizeWeights,
+    StoreWeights,
+    ConvertFloats,
     LowerOpset,
     StripDebug,
     FixDimensions,
     KeepOutputs,
     Uint8Input,
+    ConvertEnds,
 )
 
 PASSES: Mapping[str, type[Pass]] = MappingProxyType({kind.name: kind for kind in _ALL})

@@ -59,6 +59,12 @@ class Pass(ABC):
     def apply(self, model: ir.Model) -> Outcome:
         """Edit `model` and say how many edits were made and what was refused, and why."""
 
+    def on(self, model: ir.Model) -> ir.Model:
+        """A copy of `model` after this pass; the model itself stays as it is."""
+        copy = model.clone()
+        self.apply(copy)
+        return copy
+
     @property
     def spec(self) -> str:
         """The text that `from_spec` turns back into this pass; options at their default are left out."""

@@ -33,12 +33,12 @@ from edgewise.passes.channel_links import (
     size_of,
 )
 from edgewise.passes.channel_moves import MOVES
-from edgewise.passes.channel_rules import BROADCAST, RULES
+from edgewise.passes.channel_rules import BROADCAST, RULES, CouplingRule
 from edgewise.passes.graph import constant_of, new_initializer, opset
 from edgewise.passes.linear import release
 
 Mask = npt.NDArray[np.bool_]
-COUPLINGS = {**RULES, **MOVES}
+COUPLINGS: Mapping[str, CouplingRule] = {**RULES, **MOVES}
 _OLDEST = 7  # before, operators broadcast by attributes and may normalize with the batch's statistics
 
 
@@ -87,12 +87,20 @@ class ChannelGraph:
     groups: tuple[ChannelGroup, ...]
 
     @classmethod
-    def of(cls, graph: ir.Graph, opset: int, *, zeros: bool = False) -> ChannelGraph:
+    def of(
+        cls,
+        graph: ir.Graph,
+        opset: int,
+        *,
+        zeros: bool = False,
+        rules: Mapping[str, CouplingRule] = COUPLINGS,
+    ) -> ChannelGraph:
         """Read the graph. Values must have shapes: what has none is blocked by "shape is unknown".
 
         With `zeros` slots of that kind (see `Coupling`) may shrink, and what is cut there must be zero.
+        By other `rules` channels belong together for another reason than that they have to leave together.
         """
-        couplings, refused = _couple(graph, opset)
+        couplings, refused = _couple(graph, opset, rules)
         blocks = _Blocks(graph, couplings, refused, zeros)
         links = [link for coupling in couplings.values() for link in coupling.links]
         links += blocks.shared_weights(links)
@@ -213,12 +221,14 @@ def find_groups(model: ir.Model) -> tuple[ChannelGroup, ...]:
     return tuple(group for graph in channel_graphs(model) for group in graph.groups)
 
 
-def _couple(graph: ir.Graph, opset: int) -> tuple[dict[ir.Node, Coupling], dict[ir.Node, str]]:
+def _couple(
+    graph: ir.Graph, opset: int, rules: Mapping[str, CouplingRule]
+) -> tuple[dict[ir.Node, Coupling], dict[ir.Node, str]]:
     """What every node asks, and why those that ask for everything to stay do so."""
     couplings: dict[ir.Node, Coupling] = {}
     refused: dict[ir.Node, str] = {}
     for node in graph:
-        rule = COUPLINGS.get(node.op_type) if node.domain == "" else None
+        rule = rules.get(node.op_type) if node.domain == "" else None
         try:
             if opset < _OLDEST:
                 raise Refused("opset before 7")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -9,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from edgewise.passes.base import Outcome, Pass, Refused, graphs_of
-from edgewise.passes.graph import opset
+from edgewise.passes.graph import opset, static_shape
 
 _SMALL = 4096  # bytes: what may be a shape, a list of axes or of scales; anything larger is only data
 
@@ -41,6 +43,20 @@ def infer_shapes(model: ir.Model) -> int:
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         raise Refused("onnx's shape inference cannot read the model") from error
     return _learn(model.graph, inferred.graph, frozenset(model.graph.outputs))
+
+
+def shapes_on(model: ir.Model, inputs: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the values of the main graph when the inputs have these, as far as they are known."""
+    sized = model.clone()
+    for value in sized.graph.inputs:
+        if (shape := inputs.get(value.name or "")) is not None:
+            value.shape = ir.Shape(shape)
+    values = [v for node in sized.graph for v in node.outputs]
+    sized.graph.outputs.clear()  # they would keep the open dimensions that they declare
+    with contextlib.suppress(Refused):  # then shapes are those that the file declares
+        infer_shapes(sized)
+    shapes = {v.name or "": static_shape(v) for v in (*sized.graph.inputs, *values)}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:

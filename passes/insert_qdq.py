@@ -22,12 +22,13 @@ from edgewise.passes.graph import (
     remove_if_unused,
     replace,
 )
-from edgewise.passes.quant_plan import LIMITS, QuantPlan, ValuePlan
+from edgewise.passes.quant_plan import LARGEST, LIMITS, SMALLEST, QuantPlan, ValuePlan
 from edgewise.runtime.errors import InputError
 
-_TYPES: Mapping[str, ir.DataType] = MappingProxyType(
-    {"uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8, "int32": ir.DataType.INT32}
-)
+_TYPES: Mapping[str, ir.DataType] = MappingProxyType({name: ir.DataType[name.upper()] for name in LIMITS})
+_SIXTEEN_BITS = frozenset({"int16", "uint16"})
+_FIRST_WITH_SIXTEEN_BITS = 21
+_MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class InsertQdq(Pass):
 
     A runtime fuses each node with the DQs before and the Q behind it into one kernel on integers. What
     comes out of float is still read as it was by readers in float.
+
+    Activations of 16 bits take the operators of opset 21, and below it onnxruntime's own (domain
+    com.microsoft).
     """
 
     plan: QuantPlan = field(default_factory=QuantPlan)
@@ -51,7 +55,10 @@ class InsertQdq(Pass):
             return Outcome()
         if opset(model) < 13:
             raise PassError(f"int8 needs opset 13, the model has {opset(model)}: upgrade it first")
-        return _Writer(model.graph, self.plan).write()
+        older = opset(model) < _FIRST_WITH_SIXTEEN_BITS
+        if older and any(v.dtype in _SIXTEEN_BITS for v in self.plan.values):
+            model.opset_imports.setdefault(_MICROSOFT, 1)
+        return _Writer(model.graph, self.plan, _MICROSOFT if older else "").write()
 
     @property
     def spec(self) -> str:
@@ -129,8 +136,9 @@ class _Editor:
 class _Writer:
     """One application of a plan to a graph."""
 
-    def __init__(self, graph: ir.Graph, plan: QuantPlan) -> None:
+    def __init__(self, graph: ir.Graph, plan: QuantPlan, sixteen_bits: str) -> None:
         self._graph = graph
+        self._sixteen_bits = sixteen_bits  # the domain that has operators of 16 bits
         self._editor = _Editor(graph)
         self._grids = {v.name: v for v in plan.values}
         self._nodes = plan.quantized
@@ -193,6 +201,8 @@ class _Writer:
         if inputs is None or weights is None:
             return None
         scale = tuple(inputs.scale[0] * s for s in weights.scale)
+        if not all(SMALLEST <= s <= LARGEST for s in scale):
+            raise PassError(f"scales of {inputs.name!r} and {weights.name!r} have a product beyond float32")
         axis = None if weights.axis is None else 0
         row = np.broadcast_to(array.reshape(-1), max(array.size, len(scale)))
         return self._stored_pair(row, ValuePlan(grid.name, "int32", scale, axis=axis))
@@ -212,7 +222,7 @@ class _Writer:
             raise PassError(
                 f"the plan has an axis for {grid.name!r}, which is no constant: give it one scale"
             )
-        node = ir.node("QuantizeLinear", [value, *self._parameters(grid)])
+        node = ir.node("QuantizeLinear", [value, *self._parameters(grid)], domain=self._domain(grid))
         name, dtype = f"{grid.name}.quantized", _TYPES[grid.dtype]
         integers = self._editor.insert(node, value.producer(), name, dtype, value.shape)
         return self._dequantized(integers, grid, grid.name)
@@ -227,10 +237,15 @@ class _Writer:
 
     def _dequantized(self, integers: ir.Value, grid: ValuePlan, name: str) -> _Pair:
         axis = {} if grid.axis is None else {"axis": grid.axis}
-        node = ir.node("DequantizeLinear", [integers, *self._parameters(grid)], axis)
+        node = ir.node(
+            "DequantizeLinear", [integers, *self._parameters(grid)], axis, domain=self._domain(grid)
+        )
         name, dtype = f"{name}.dequantized", ir.DataType.FLOAT
         floats = self._editor.insert(node, integers.producer(), name, dtype, integers.shape)
         return _Pair(integers, floats, grid)
+
+    def _domain(self, grid: ValuePlan) -> str:
+        return self._sixteen_bits if grid.dtype in _SIXTEEN_BITS else ""
 
     def _parameters(self, grid: ValuePlan) -> list[ir.Value]:
         """Scale and zero point, as scalars or one a channel; a bias has no zero point."""
@@ -247,7 +262,7 @@ class _Writer:
     def _run_on_integers(self, node: ir.Node, pair: _Pair) -> None:
         """Write `node` as one that is given the integers, and dequantize what it gives."""
         output = node.outputs[0]
-        op_type, operands = _on_integers(node, pair.grid)
+        op_type, operands = on_integers(node, pair.grid)
         inputs = [self._editor.shared(v, "constant") if isinstance(v, np.ndarray) else v for v in operands]
         attributes = {name: attr.value for name, attr in node.attributes.items()}
         twin = ir.node(op_type, [pair.integers, *inputs], attributes)
@@ -258,7 +273,7 @@ class _Writer:
         replace(output, moved.floats)
 
 
-def _on_integers(node: ir.Node, grid: ValuePlan) -> tuple[str, Sequence[ir.Value | Array | None]]:
+def on_integers(node: ir.Node, grid: ValuePlan) -> tuple[str, Sequence[ir.Value | Array | None]]:
     """The operator, and its operands behind the first, that do on integers what `node` does on floats."""
     rest = node.inputs[1:]
     if node.op_type == "Pad" and attribute(node, "mode", "constant") == "constant":

@@ -13,14 +13,21 @@ import numpy as np
 from edgewise.runtime.errors import InputError
 
 LIMITS: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {"uint8": (0, 255), "int8": (-128, 127), "int32": (-(2**31), 2**31 - 1)}
+    {
+        "uint8": (0, 255),
+        "int8": (-128, 127),
+        "uint16": (0, 2**16 - 1),
+        "int16": (-(2**15), 2**15 - 1),
+        "int32": (-(2**31), 2**31 - 1),
+    }
 )
 """The integers of every storage type a plan may name."""
 
 FORMS = ("int8", "integer", "folded", "float")
 """What becomes of a node, see `NodePlan`."""
 
-_SMALLEST, _LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+SMALLEST, LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+"""The scales that float32 holds in full."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,14 @@ class QuantPlan:
         """Why nodes stay in float, and how many."""
         return dict(Counter(n.why for n in self.nodes if n.form == "float").most_common())
 
+    @property
+    def why_nothing(self) -> str:
+        """Why no node of a model can be int8, in words for people."""
+        if "already quantized" in self.reasons:
+            return "the model is already quantized: start from the float model it was made from"
+        reason = next(iter(self.reasons), "it has no nodes")
+        return f"none of its operators can be int8; most often because: {reason}"
+
     def rows(self) -> tuple[tuple[str, ...], ...]:
         """A table: the head, then a row for every value (output of a node or not) and every float node."""
         return (
@@ -121,6 +136,10 @@ class QuantPlan:
     def check(self) -> None:
         """Raise `InputError` on the first entry that no quantizer could follow."""
         for value in self.values:
+            _check_texts(value)
+        for node in self.nodes:
+            _check_texts(node)
+        for value in self.values:
             _check_value(value)
         for node in self.nodes:
             if node.form not in FORMS:
@@ -134,20 +153,29 @@ class QuantPlan:
                     raise InputError(f"the plan has two entries for {kind} {name!r}")
 
 
+def _check_texts(entry: ValuePlan | NodePlan) -> None:
+    """YAML reads `name: 12` as a number and `name: yes` as a truth."""
+    for field in fields(entry):
+        if field.type == "str" and not isinstance(text := getattr(entry, field.name), str):
+            raise InputError(f"the quantization plan has {field.name} {text!r}, which is no text: quote it")
+
+
 def _check_value(value: ValuePlan) -> None:
     where = f"plan of value {value.name!r}"
     if value.dtype not in LIMITS:
         raise InputError(f"{where}: type {value.dtype!r} is none of {tuple(LIMITS)}")
     low, high = LIMITS[value.dtype]
-    if not isinstance(value.zero_point, int) or not low <= value.zero_point <= high:
-        raise InputError(f"{where}: zero point {value.zero_point} is not in {low}..{high}")
+    if type(value.zero_point) is not int or not low <= value.zero_point <= high:
+        raise InputError(
+            f"{where}: zero point {value.zero_point!r} is not in {low}..{high}, so that no integer were zero"
+        )
     if value.dtype == "int32":
         return
-    if not value.scale or not all(_SMALLEST <= s <= _LARGEST for s in value.scale):
+    if not value.scale or not all(SMALLEST <= s <= LARGEST for s in value.scale):
         raise InputError(f"{where}: a scale has to be a positive float32")
     if value.axis is None and len(value.scale) != 1:
         raise InputError(f"{where}: {len(value.scale)} scales need an axis")
-    if value.axis is not None and not isinstance(value.axis, int):
+    if value.axis is not None and type(value.axis) is not int:
         raise InputError(f"{where}: axis {value.axis!r} is no number")
 
 

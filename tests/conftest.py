@@ -15,6 +15,12 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured in another run must not answer for this one."""
+    monkeypatch.setenv("EDGEWISE_CACHE", "")
+
+
 @pytest.fixture(scope="session")
 def corpus() -> Path:
     """The folder of real models and data named by EDGEWISE_CORPUS."""

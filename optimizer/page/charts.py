@@ -17,6 +17,7 @@ from edgewise.optimizer.layers import LayerNoise
 from edgewise.optimizer.page.figures import NARROW, Canvas, Figure, Key, Scale, colour, figure, fit
 from edgewise.optimizer.page.text import TIMES, digits, milliseconds, percent, plain_digits, times
 from edgewise.optimizer.report import Candidate, size_text
+from edgewise.optimizer.sensitivity import NodeSensitivity
 from edgewise.runtime.costs import Kind
 from edgewise.runtime.latency import LatencyReport, ModelLatency
 from edgewise.runtime.profile import NodeTime, Profile
@@ -579,4 +580,95 @@ def layers(noise: Sequence[LayerNoise], title: str) -> Figure:
         draw,
         note="Each point is the output of a layer against the same in float: all noise since the "
         "inputs, not what the layer alone adds. 10 dB less is ten times the noise energy.",
+    )
+
+
+# What nodes in int8 add to the noise
+
+
+SENSITIVITY_SHOWN = 20
+_SENSITIVITY_ROW, _SENSITIVITY_STACKED = 22, 36
+_SENSITIVITY_EDGE = 26
+_LEAST_SPAN = 10.0  # dB: bars that differ by less are to look alike
+FORM_ROLES: Mapping[str, str] = MappingProxyType(
+    {"int8": "c0", "float by accuracy": "c1", "float by speed": BASELINE}
+)
+
+
+def sensitivity(found: Sequence[NodeSensitivity], title: str) -> Figure:
+    """A bar a node: the noise it adds to the outputs in int8, in dB of the signal; the noisiest first."""
+    noisy = [n for n in sorted(found, key=lambda n: n.snr_db) if math.isfinite(n.snr_db)]
+    shown = noisy[:SENSITIVITY_SHOWN]
+    values = [-n.snr_db for n in shown]
+    low = 5.0 * math.floor((min(*values, max(values) - _LEAST_SPAN) - 0.5) / 5)
+
+    def draw(width: int) -> Canvas:
+        row = _SENSITIVITY_STACKED if width == NARROW else _SENSITIVITY_ROW
+        canvas = Canvas(width, row * len(shown) + 34)
+        left = 4 if canvas.is_narrow else 0.38 * width
+        axes = canvas.axes(left, 4, width - left - _SENSITIVITY_EDGE, row * len(shown))
+        room = 0.0 if canvas.is_narrow else 0.14 * (max(values) - low)
+        Scale.over(low, max(values) + room, 4 if canvas.is_narrow else 6, log=False).apply_x(axes, _db_tick)
+        axes.set_ylim(len(shown), 0)
+        axes.set_yticks([])
+        for i, node in enumerate(shown):
+            (bar,) = axes.barh(
+                i + (0.72 if canvas.is_narrow else 0.5),
+                -node.snr_db - low,
+                height=(9 if canvas.is_narrow else 14) / row,
+                left=low,
+                color=colour(FORM_ROLES[node.form]),
+            )
+            canvas.tip(bar, f"{node.output}, {node.op_type}: {_below(node)}, {node.form}")
+            _named_bar(canvas, axes, i, node, left)
+        return canvas
+
+    said = "; ".join(f"{n.output} {_below(n)}, {n.form}" for n in shown[:5])
+    forms = dict.fromkeys(n.form for n in shown)
+    return figure(
+        "sensitivity",
+        title,
+        f"Noise that single nodes in int8 add to the outputs. The most: {said}.",
+        draw,
+        legend=[Key(FORM_ROLES[form], form) for form in FORM_ROLES if form in forms],
+        note="Noise at the worst output from rounding the node's weights and results alone, in dB of the "
+        "output's own energy: 10 dB more is ten times the noise. What the nodes in int8 add sums up to "
+        "about the noise of the whole.",
+    )
+
+
+def _db_tick(value: float) -> str:
+    return f"{plain_digits(value)} dB"
+
+
+def _below(node: NodeSensitivity) -> str:
+    return f"{-node.snr_db:.1f} dB"
+
+
+def _named_bar(canvas: Canvas, axes: Any, row: int, node: NodeSensitivity, left: float) -> None:
+    """The name left of a bar and the number at its end; above it where there is no room beside it."""
+    place: dict[str, Any] = {"fontsize": 12, "va": "center", "transform": axes.get_yaxis_transform()}
+    if canvas.is_narrow:
+        name = fit(node.output, canvas.width * 0.7)
+        axes.text(0, row + 0.3, name, color=colour("ink"), bbox=_HALO, **place)
+        axes.text(1, row + 0.3, _below(node), ha="right", color=colour("ink"), bbox=_HALO, **place)
+        return
+    name = fit(f"{node.output}  {node.op_type}", left - 12)
+    axes.text(
+        -8 / (canvas.width - left - _SENSITIVITY_EDGE),
+        row + 0.5,
+        name,
+        ha="right",
+        color=colour("ink"),
+        **place,
+    )
+    axes.annotate(
+        _below(node),
+        (-node.snr_db, row + 0.5),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        color=colour("muted"),
+        fontsize=11.5,
+        bbox=_HALO,
     )

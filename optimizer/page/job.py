@@ -42,6 +42,7 @@ from edgewise.optimizer.page.text import (
 )
 from edgewise.optimizer.pipeline import StepReport
 from edgewise.optimizer.report import Candidate, Report, Score, plain, size_text
+from edgewise.optimizer.sensitivity import NodeSensitivity
 
 INPUT = "input"
 _SHARES = {"top1": "Right answers", "agreement": "Same answers"}
@@ -229,7 +230,7 @@ def _steps_table(steps: Sequence[StepReport]) -> Table:
 def _step_row(step: StepReport) -> Row:
     refused = sorted(step.refused.items(), key=lambda item: -item[1])
     remarks = [
-        *([f"Rolled back: {step.reason}"] if step.reason else []),
+        *([step.remark] if step.remark else []),
         *(f"Refused {n}{TIMES}: {reason}" for reason, n in refused[:_REASONS_SHOWN]),
         *(
             [f"and {len(refused) - _REASONS_SHOWN} more reasons, below"]
@@ -237,7 +238,7 @@ def _step_row(step: StepReport) -> Row:
             else []
         ),
     ]
-    applied = step.status != "rolled back"
+    applied = step.status == "applied"
     return Row(
         (
             Cell(step.step, "strong"),
@@ -330,6 +331,32 @@ def layers_section(noise: Sequence[LayerNoise]) -> tuple[Section, ...]:
         else None
     )
     return section("layers", "Noise, layer by layer", Drawing(charts.layers(noise, title)), shown, more)
+
+
+def sensitivity_section(found: Sequence[NodeSensitivity]) -> tuple[Section, ...]:
+    """Which nodes add most noise in int8, and whether they are in int8."""
+    noisy = [n for n in sorted(found, key=lambda n: n.snr_db) if math.isfinite(n.snr_db)]
+    if not noisy:
+        return ()
+    total = sum(n.noise_share for n in noisy)
+    rows = [
+        (
+            Cell(n.output, "strong", swatch=charts.FORM_ROLES[n.form]),
+            n.op_type,
+            Cell(_decibels(-n.snr_db)),
+            Cell(percent(n.noise_share / total, 1)),
+            Cell(n.form, "quiet"),
+        )
+        for n in noisy
+    ]
+    columns = ("node", "operator", "noise of the signal", "of all nodes' noise", "runs as")
+    title = f"{noisy[0].output} adds {percent(noisy[0].noise_share / total)} of what all nodes would"
+    return section(
+        "sensitivity",
+        "What int8 costs, node by node",
+        Drawing(charts.sensitivity(found, title)),
+        Fold(count_text(len(rows), "node"), (table(columns, rows, left=(0, 1, 4)),)),
+    )
 
 
 def _decibels(value: float) -> str:

@@ -20,6 +20,7 @@ from edgewise.optimizer.page.job import (
     overview_section,
     recipe_section,
     score_headline,
+    sensitivity_section,
     size_headline,
     speed_headline,
     steps_section,
@@ -112,6 +113,7 @@ def _(report: Report) -> Page:
             *(() if report.profiles is None else time_section(report.profiles)),
             *accuracy_section(report),
             *layers_section(report.layers),
+            *sensitivity_section(report.sensitivity),
             *steps_section(report.steps),
             *where_section(
                 None if latency is None else grant_table([latency]),

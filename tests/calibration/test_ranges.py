@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edgewise.calibration.ranges import METHODS, range_of
+from edgewise.calibration.ranges import METHODS, grid_of, least_elements, range_of
 from edgewise.calibration.sketch import Sketch
 from edgewise.runtime.errors import InputError
 
@@ -180,8 +180,35 @@ def test_non_finite_elements_do_not_move_the_range() -> None:
 
 
 def test_bad_options_are_named() -> None:
-    with pytest.raises(InputError, match=r"unknown range method 'mean'.*minmax, percentile, entropy, mse"):
+    with pytest.raises(
+        InputError, match=r"unknown range method 'mean'.*minmax, average, percentile, entropy, mse"
+    ):
         range_of(Sketch(), "mean")
     for percentile in (50, 100.1, float("nan")):
         with pytest.raises(InputError, match="percentile"):
             range_of(Sketch(), "percentile", percentile=percentile)
+
+
+def test_average_is_the_mean_of_every_samples_ends() -> None:
+    parts = [np.array(ends, np.float32) for ends in ((-1, 2), (-3, 4), (1, 6))]
+    sketch = sum((Sketch.of(part) for part in parts), Sketch())
+    assert range_of(sketch, "average") == (-1.0, 4.0)
+    assert range_of(sketch, "average", symmetric=True) == (-4.0, 4.0)
+
+
+def test_average_of_what_cancels_out_is_everything_seen() -> None:
+    sketch = Sketch.of(np.array([-2], np.float32)) + Sketch.of(np.array([2], np.float32))
+    assert range_of(sketch, "average") == (-2.0, 2.0)
+
+
+def test_methods_know_how_many_elements_they_want() -> None:
+    wanted = {method: least_elements(method) for method in METHODS}
+    assert wanted == {"minmax": 1, "average": 1, "percentile": 20_000, "entropy": 16 * 255, "mse": 1}
+    assert least_elements("percentile", percentile=99.9) == 2000
+
+
+def test_grids() -> None:
+    assert grid_of(-1.0, 3.0, "uint8") == (float(np.float32(4 / 255)), 64)
+    assert grid_of(1.0, 3.0, "uint8") == (float(np.float32(3 / 255)), 0)
+    assert grid_of(-1.0, 3.0, "int8") == (float(np.float32(3 / 127)), 0)
+    assert grid_of(0.0, 0.0, "uint8") == (1.0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -140,3 +141,19 @@ def test_sketches_differ_where_anything_differs() -> None:
     assert sketch != Sketch.of(np.array([1.0, 1.0, 2.0], np.float32))
     assert sketch != Sketch.of(np.array([1.0, 2.0, np.nan], np.float32))
     assert sketch != "sketch"
+
+
+@few
+@given(st.lists(arrays.filter(len), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_averages_are_exact_and_know_no_order(samples: list, random) -> None:
+    sketch = sum((Sketch.of(array) for array in samples), Sketch())
+    lows, highs = ([Fraction(float(end(a))) for a in samples] for end in (np.min, np.max))
+    assert sketch.average == (float(sum(lows) / len(lows)), float(sum(highs) / len(highs)))
+    random.shuffle(samples)
+    assert sum((Sketch.of(array) for array in samples), Sketch()).average == sketch.average
+
+
+def test_averages_leave_out_what_is_not_finite() -> None:
+    sketch = Sketch.of(np.array([np.nan, 1, 3], np.float32)) + Sketch.of(np.array([np.inf], np.float32))
+    assert (sketch.arrays, sketch.average) == (1, (1.0, 3.0))
+    assert Sketch().average == (0.0, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -128,3 +129,23 @@ def test_a_table_knows_its_model() -> None:
     mine.check(model("y"))
     with pytest.raises(InputError, match="another model"):
         mine.check(model("z"))
+
+
+def test_a_table_of_an_earlier_version_says_what_to_do(tmp_path: Path) -> None:
+    table().save(tmp_path / "new.npz")
+    old = {k: v for k, v in np.load(tmp_path / "new.npz").items() if k not in ("lows", "highs", "arrays")}
+    np.savez(tmp_path / "old.npz", **{**old, "version": np.array(1)})
+    with pytest.raises(InputError, match=r"has format 1, this edgewise reads 2: calibrate again"):
+        CalibrationTable.load(tmp_path / "old.npz")
+
+
+def test_sums_of_any_size_survive_saving(tmp_path: Path) -> None:
+    ends = [np.array([-3e38, 1e-45], np.float32), np.array([3e38], np.float32)]
+    wide = CalibrationTable("abc", 2, {"x": Sketch.of(ends[0]) + Sketch.of(ends[1])})
+    loaded = CalibrationTable.load(wide.save(tmp_path / "wide.npz"))
+    assert loaded == wide
+    assert loaded.sketches["x"].highs == wide.sketches["x"].highs > 2**149
+
+
+def test_a_table_can_be_sent_to_another_process() -> None:
+    assert pickle.loads(pickle.dumps(table())) == table()

@@ -13,7 +13,7 @@ from edgewise.calibration.data import Samples, from_arrays
 from edgewise.calibration.table import CalibrationTable
 from edgewise.optimizer import calibrate, compare, files, prune, quantize
 from edgewise.optimizer.recipe import Quantize, Recipe
-from edgewise.runtime.errors import EdgewiseError, InputError
+from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Evaluator, input_specs
 
 QUICK = Recipe(benchmark=None, max_drop=1.0, quantize=Quantize(methods=("minmax",), samples=16), threads=1)
@@ -42,7 +42,7 @@ def test_prune_removes_what_is_zero_and_keeps_the_outputs(
     assert report.output.bytes == (tmp_path / "out.onnx").stat().st_size < report.input.bytes
     assert report.chosen == "pruned"
     assert report.latency is None
-    assert report.notes == ()
+    assert all("without VNNI" in note for note in report.notes)
     # Sums in another order: a few units in the last place of float32.
     np.testing.assert_allclose(scores(tmp_path / "out.onnx", images), scores(model_path, images), atol=1e-5)
     assert model_path.read_bytes() == before
@@ -79,8 +79,8 @@ def test_quantize_is_judged_on_the_samples(model_path: Path, tmp_path: Path, sam
     (difference,) = report.differences
     assert difference.snr_db > 20  # a tenth of the signal would be a broken scale
     assert report.chosen == "int8"
-    assert report.steps[-1].step == "insert-qdq by minmax ranges"
-    assert report.notes == ()
+    assert "int8 by minmax ranges" in [step.step for step in report.steps]
+    assert all("without VNNI" in note for note in report.notes)
 
 
 def test_a_table_calibrates_and_all_samples_judge(model_path: Path, tmp_path: Path, samples: Samples) -> None:
@@ -104,23 +104,22 @@ def test_the_recipe_decides_what_is_fused_before_int8(
 
 def test_quantize_measures_against_the_input(model_path: Path, tmp_path: Path, samples: Samples) -> None:
     recipe = Recipe.model_validate(
-        {**QUICK.model_dump(), "benchmark": {"precision": 0.9, "max_seconds": 0.1}}
+        {**QUICK.fast().model_dump(), "benchmark": {"precision": 0.9, "max_seconds": 0.1}}
     )
     report = quantize(model_path, tmp_path / "int8.onnx", data=samples, recipe=recipe)
     assert report.latency is not None
-    assert [m.name for m in report.latency.models] == ["input", "int8"]
-    assert report.chosen == "int8"  # whatever the measurement says
+    assert [m.name for m in report.latency.models] == ["input", "exact", "int8"]
 
 
-def test_every_method_is_tried_and_nothing_is_written(
+def test_where_the_bound_cannot_be_kept_float_is_written_and_the_reason_told(
     model_path: Path, tmp_path: Path, samples: Samples
 ) -> None:
     options = Quantize(methods=("minmax", "mse"), samples=16)
     recipe = QUICK.model_copy(update={"quantize": options, "metric": "fidelity", "max_drop": 0.0})
-    with pytest.raises(EdgewiseError, match="fidelity fell") as caught:
-        quantize(model_path, tmp_path / "int8.onnx", data=samples, recipe=recipe)
-    assert caught.value.exit_code == 1
-    assert not (tmp_path / "int8.onnx").exists()
+    report = quantize(model_path, tmp_path / "int8.onnx", data=samples, recipe=recipe)
+    assert report.chosen == "exact"
+    assert any("no int8" in note and "fidelity fell" in note for note in report.notes)
+    assert "QuantizeLinear" not in operators(tmp_path / "int8.onnx")
 
 
 def test_random_samples_are_told(model_path: Path, tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def test_bound_rolls_int8_back(model_path: Path, tmp_path: Path, data: str) -> N
     recipe = QUICK.with_options(metric="fidelity", max_drop=0.0)
     report = optimize(model_path, tmp_path / "out.onnx", data=data, recipe=recipe)
     assert report.chosen == "exact"
-    attempts = [step for step in report.steps if step.contract == "lossy"]
-    assert len(attempts) == 4
+    attempts = [step for step in report.steps if step.step.startswith("insert-qdq")]
+    assert attempts  # each with fewer nodes in int8
     assert all(step.status == "rolled back" and "fidelity fell" in step.reason for step in attempts)
 
 

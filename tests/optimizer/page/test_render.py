@@ -175,7 +175,7 @@ class TestReport:
     def test_steps_say_what_they_edited_refused_and_took_back(self, of_report: str) -> None:
         text = of_report
         assert "Refused 2\u00d7: Conv output has another user" in text
-        assert "Rolled back: outputs differ by 1.0e-01" in text
+        assert "rolled back: outputs differ by 1.0e-01" in text
         assert "1 step found nothing to do" in text
         assert "applied, lossy" in text
         for i in range(1, 8):  # three in the row, all of them in the fold

@@ -1,0 +1,166 @@
+"""The models that could be written: the exact one, and the lossy ones that keep the bound."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import onnx_ir as ir
+
+from edgewise.calibration.data import Samples
+from edgewise.calibration.table import CalibrationTable
+from edgewise.optimizer.choice import INPUT
+from edgewise.optimizer.int8 import Int8, find_int8, plan_only, prepare, split
+from edgewise.optimizer.judge import Judge
+from edgewise.optimizer.pipeline import Progress, Reference, StepReport, run_passes, run_step
+from edgewise.optimizer.plan_files import load_plan
+from edgewise.optimizer.recipe import Quantize, Recipe
+from edgewise.optimizer.start import Start
+from edgewise.passes.base import Pass
+from edgewise.passes.convert_floats import ConvertFloats
+from edgewise.passes.quantize_dynamic import QuantizeDynamic
+from edgewise.passes.quantize_weights import QuantizeWeights
+from edgewise.passes.store_weights import StoreWeights
+from edgewise.passes.to_qoperator import ToQOperator
+from edgewise.runtime.errors import EdgewiseError
+from edgewise.runtime.evaluate import Feed
+from edgewise.runtime.latency import LatencyReport
+
+EXACT, INT8, DYNAMIC, STORED = "exact", "int8", "int8 dynamic", "int8 stored"
+
+FORMATS: Mapping[str, Pass] = MappingProxyType(
+    {
+        "dynamic": QuantizeDynamic(),
+        "int4-weights": QuantizeWeights(bits=4),
+        "int8-weights": QuantizeWeights(bits=8),
+        "float16": ConvertFloats(to="float16"),
+        "bfloat16": ConvertFloats(to="bfloat16"),
+    }
+)
+"""The formats that need no samples, as the pass that writes them."""
+
+_NO_SAMPLES = (
+    "no samples were given, so only exact passes ran: with --data (unlabelled samples are enough) static "
+    "int8 can be calibrated and judged, and every step is checked on real inputs"
+)
+_NOT_JUDGED = (
+    "no samples were given, so nobody knows how well the int8 model does its job: judge it with --data"
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a person brings instead of having it found: ranges, or a whole plan of a file."""
+
+    table: CalibrationTable | None = None
+    plan: Path | None = None
+    int8: bool = False
+    """Whether it is a failure that nothing in the model can be int8."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The models a run made, by name and in order of ambition, and how."""
+
+    models: Mapping[str, ir.Model]
+    steps: tuple[StepReport, ...]
+    feeds: tuple[Feed, ...]
+    judge: Judge | None = None
+    table: CalibrationTable | None = None
+    notes: tuple[str, ...] = ()
+    int8: Int8 | None = None
+    """How the search for int8 ended."""
+    stamp: Mapping[str, str] = field(default_factory=dict)
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    """Where the models are saved."""
+    latency: LatencyReport | None = None
+
+    def plus(self, name: str, made: tuple[ir.Model, StepReport]) -> Made:
+        """With what one more step made of a model, if it kept its word."""
+        model, step = made
+        kept = {name: model} if step.status == "applied" else {}
+        return dataclasses.replace(self, models={**self.models, **kept}, steps=(*self.steps, step))
+
+
+def make_candidates(start: Start, recipe: Recipe, given: Given, progress: Progress) -> Made:
+    """Run the exact chain and, as far as samples and formats allow, what is lossy."""
+    original = start.adapted.model
+    reference = Reference(original, start.feeds, threads=recipe.threads)
+    exact, steps = run_passes(original, recipe.chain, reference, progress=progress)
+    made = Made({INPUT: original, EXACT: exact}, steps, reference.feeds, notes=start.notes)
+    options = recipe.quantize
+    if options is None:
+        return dataclasses.replace(made, judge=_judge(start, start.samples, recipe))
+    if options.format in FORMATS:
+        return _converted(start, made, recipe, FORMATS[options.format], reference, progress)
+    if start.samples is None and given.table is None and given.plan is None:
+        return dataclasses.replace(made, notes=(_NO_SAMPLES, *made.notes))
+    return _quantized(start, made, recipe, given, reference, progress)
+
+
+def _converted(
+    start: Start, made: Made, recipe: Recipe, step: Pass, reference: Reference, progress: Progress
+) -> Made:
+    """With the model in a format that needs no samples; they judge it, where there are some."""
+    progress(step.name, 0, 1)
+    judge = _judge(start, start.samples, recipe)
+    made = made.plus(step.name, run_step(made.models[EXACT], step, reference, judge=judge))
+    progress(step.name, 1, 1)
+    return dataclasses.replace(
+        made, judge=judge, notes=(*made.notes, *((_NOT_JUDGED,) if judge is None else ()))
+    )
+
+
+def _quantized(
+    start: Start, made: Made, recipe: Recipe, given: Given, reference: Reference, progress: Progress
+) -> Made:
+    """With static int8, what else is worth a try, and what the objective asks for."""
+    options, exact = recipe.quantize or Quantize(), made.models[EXACT]
+    ready, preparation = prepare(exact, options, reference, progress=progress)
+    judge, found = _static(start, ready, given, reference, recipe, progress)
+    if found.model is None and given.int8 and not found.plan.quantized:
+        raise EdgewiseError(f"{start.path} was not quantized: {found.why}")
+    told = (f"no int8: {found.why}",) if found.model is None else (_NOT_JUDGED,) if judge is None else ()
+    made = dataclasses.replace(
+        made,
+        models={**made.models, **({} if found.model is None else {INT8: found.model})},
+        steps=made.steps + preparation + found.steps,
+        judge=judge,
+        table=found.table,
+        notes=(*made.notes, *told, *found.notes),
+        int8=found,
+    )
+    if options.format == "qoperator" and found.model is not None:
+        made = made.plus(INT8, run_step(found.model, ToQOperator(), reference, judge=judge))
+    if options.format == "auto" and judge is not None:
+        made = made.plus(DYNAMIC, run_step(exact, QuantizeDynamic(), reference, judge=judge))
+    if recipe.objective != "latency" and judge is not None:
+        source = made.models.get(INT8, exact)
+        made = made.plus(STORED, run_step(source, StoreWeights(), reference, judge=judge))
+    return made
+
+
+def _judge(start: Start, samples: Samples | None, recipe: Recipe) -> Judge | None:
+    if samples is None:
+        return None
+    return Judge(start.adapted.model, samples, recipe.metric, recipe.max_drop, recipe.threads)
+
+
+def _static(
+    start: Start, ready: ir.Model, given: Given, reference: Reference, recipe: Recipe, progress: Progress
+) -> tuple[Judge | None, Int8]:
+    """The int8 model as it was planned, or the best that samples let us find; and who judges it."""
+    options, samples = recipe.quantize or Quantize(), start.samples
+    if given.table is not None:
+        given.table.check(ready)
+    chosen = None if given.plan is None else load_plan(given.plan, ready)
+    if samples is None or chosen is not None:
+        judge = _judge(start, samples, recipe)
+        return judge, plan_only(ready, given.table, chosen, reference, judge, recipe)
+    parts = split(samples, options.samples, recipe.seed)
+    judge = _judge(start, parts.judge if given.table is None else samples, recipe)
+    assert judge is not None
+    return judge, find_int8(ready, parts, reference, judge, recipe, table=given.table, progress=progress)

@@ -1,0 +1,69 @@
+"""How far a model's outputs are from the original's, finely enough to compare two ways of quantizing it."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+from edgewise.calibration.data import Samples
+from edgewise.optimizer.comparison import decibels
+from edgewise.optimizer.metrics import Array, noise_share, run_all
+
+_SQUASHING = frozenset({"Softmax", "LogSoftmax"})
+_GRID = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
+class Yardstick:
+    """Signal-to-noise of a model's outputs against those of `original`, on `samples` held back.
+
+    A metric that counts samples cannot tell two good models apart; this can. Where a Softmax ends the model,
+    its input counts, less what the Softmax takes away from it: else the few samples that the model is in
+    doubt of would drown all others. Without labels, without a bound: that is the judge's.
+    """
+
+    def __init__(self, original: ir.Model, samples: Samples, *, threads: int | None = None) -> None:
+        self.samples = samples
+        self._threads = threads
+        self._expected = self._outputs(original)
+
+    def decibels(self, model: ir.Model) -> float:
+        """Of the worst output: energy of the original's numbers over that of the difference, in dB.
+
+        Minus infinity where the model gives NaN or infinity.
+        """
+        share = noise_share(self._outputs(model), self._expected)
+        return decibels(1.0, share) if math.isfinite(share) else -math.inf
+
+    def _outputs(self, model: ir.Model) -> dict[str, Array]:
+        bare = model.clone()
+        scores = [_scores(value) for value in bare.graph.outputs]
+        names = [value.name or "" for value in bare.graph.outputs]
+        bare.graph.outputs[:] = [
+            v if s is None else s for v, s in zip(bare.graph.outputs, scores, strict=True)
+        ]
+        found = run_all(bare, self.samples, threads=self._threads)
+        return {
+            name: found[v.name or ""] if score is None else _centred(found[v.name or ""])
+            for name, score, v in zip(names, scores, bare.graph.outputs, strict=True)
+        }
+
+
+def _scores(value: ir.Value) -> ir.Value | None:
+    """What the Softmax at the end of a model reads, if one stands there and normalizes the last axis."""
+    node = value.producer()
+    while node is not None and node.op_type in _GRID and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    if node is None or node.op_type not in _SQUASHING:
+        return None
+    source = node.inputs[0]
+    if source is None or source.producer() is None:
+        return None
+    axis = node.attributes.get_int("axis", -1)
+    return source if source.shape is not None and axis in (-1, len(source.shape) - 1) else None
+
+
+def _centred(scores: Array) -> Array:
+    """A Softmax is blind to what is added to all of a row."""
+    centred: Array = scores - scores.mean(-1, keepdims=True)
+    return centred
