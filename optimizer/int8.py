@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,7 @@ _FEWEST_JUDGES = 32  # below that, the samples that calibrate judge as well
 _FEWEST_KEPT_BACK = 8
 _MOST_KEPT_BACK = 32
 _BATCH = 8
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
 _MOST_ASKED = 16  # samples that sensitivity is measured on
 _RETREATS = 4  # each leaves a quarter of the noise that int8 may add
 _SLOWER = "every node is faster in float on this target"
@@ -91,6 +93,11 @@ class Int8:
     why: str = ""
     sensitivity: tuple[NodeSensitivity, ...] = field(default=(), repr=False)
     notes: tuple[str, ...] = ()
+
+    @property
+    def floats(self) -> dict[str, str]:
+        """The nodes that stay in float, by first output, and why."""
+        return {n.output: n.why for n in self.plan.nodes if n.form == "float" and n.why}
 
 
 def plan_only(
@@ -178,15 +185,9 @@ def _replanned(ground: Ground, best: Attempt, floats: Floats) -> Attempt:
 def _within_bound(
     ground: Ground, best: Attempt, placer: Placer, judge: Judge, steps: tuple[StepReport, ...]
 ) -> Int8:
-    """The fastest placement; if it breaks the bound, the fastest with a quarter of its noise, and so on."""
-    floats, noise = placer.floats, 0.0
+    """The first of the placements, the fastest first, that keeps the bound."""
     found: tuple[NodeSensitivity, ...] = ()
-    for retreat in range(_RETREATS + 1):
-        if retreat == 1:
-            found = _sensitivity(ground, _replanned(ground, best, floats))
-            noise = sum(node.noise_share for node in found)
-        if retreat:
-            floats = placer.within({n.output: n.noise_share for n in found}, noise / 4**retreat).floats
+    for found, floats in _placements(ground, best, placer):
         now = attempt(ground, best.model, best.table, best.method, floats)
         if not now.plan.quantized:
             break
@@ -195,10 +196,22 @@ def _within_bound(
         made, step = run_step(now.edited, InsertQdq(now.plan), ground.reference, judge=judge)
         steps += (*room, *polished, dataclasses.replace(step, step=_named(now)))
         if step.status == "applied":
-            return Int8(
-                made, now.plan, now.edited, now.table, steps, "", _with_forms(found, now.plan), verdict
-            )
+            asked = _with_forms(found, now.plan)
+            return Int8(made, now.plan, now.edited, now.table, steps, "", asked, verdict)
     return Int8(None, best.plan, best.model, best.table, steps, _why(steps[-1]), found)
+
+
+def _placements(
+    ground: Ground, best: Attempt, placer: Placer
+) -> Iterator[tuple[tuple[NodeSensitivity, ...], Floats]]:
+    """The fastest placement, then the fastest with a quarter of its noise, and so on; with what was asked."""
+    yield (), placer.floats
+    whole = _replanned(ground, best, placer.floats).plan
+    samples, progress = ground.yardstick.samples, ground.progress
+    found = node_noise(best.model, whole, samples, threads=ground.threads, progress=progress)
+    noise = {n.output: n.noise_share for n in found}
+    for retreat in range(1, _RETREATS + 1 if found else 0):
+        yield found, placer.within(noise, sum(noise.values()) / 4**retreat).floats
 
 
 def _with_room(
@@ -213,12 +226,15 @@ def _with_room(
     return found.attempt, (found.step,), (found.verdict,)
 
 
-def _sensitivity(ground: Ground, best: Attempt) -> tuple[NodeSensitivity, ...]:
-    samples = ground.yardstick.samples
+def node_noise(
+    model: ir.Model, chosen: QuantPlan, samples: Samples | None, *, threads: int | None, progress: Progress
+) -> tuple[NodeSensitivity, ...]:
+    """What every node of a plan adds to the noise of the outputs, on a few samples; nothing without any."""
+    if samples is None or not any(v.dtype in _FLOATS for v in model.graph.outputs):
+        return ()
     few = samples.take(range(min(len(samples), _MOST_ASKED)))
-    return sensitivities(
-        best.model, best.plan, tuple(few.batches(_BATCH)), threads=ground.threads, progress=ground.progress
-    )
+    feeds = tuple(few.batches(_BATCH))
+    return sensitivities(model, chosen, feeds, threads=threads, progress=progress)
 
 
 def _with_forms(found: tuple[NodeSensitivity, ...], chosen: QuantPlan) -> tuple[NodeSensitivity, ...]:

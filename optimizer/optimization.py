@@ -17,6 +17,7 @@ from edgewise.optimizer.bisection import culprit
 from edgewise.optimizer.candidates import EXACT, INT8, Given, Made, make_candidates
 from edgewise.optimizer.choice import INPUT, choose
 from edgewise.optimizer.emit_ort import OrtFiles, emit_ort, files_beside
+from edgewise.optimizer.int8 import node_noise
 from edgewise.optimizer.layers import layer_noise
 from edgewise.optimizer.pipeline import Progress, StepReport, no_progress
 from edgewise.optimizer.profiling import profile
@@ -190,6 +191,8 @@ def _choose_and_write(start: Start, made: Made, recipe: Recipe, output: Path, *,
         notes=made.notes,
         changes=start.adapted.changes,
         ort=ort,
+        sensitivity=made.int8.sensitivity if made.int8 is not None and chosen == INT8 else (),
+        floats=made.int8.floats if made.int8 is not None and chosen == INT8 else {},
     )
 
 
@@ -205,7 +208,10 @@ def _explained(
     if result.chosen == INT8 and made.int8 is not None:  # the noise of exact passes is rounding
         progress("noise of every layer", 0, 0)
         noise = layer_noise(made.int8.in_float, made.models[INT8], made.feeds, threads=recipe.threads)
-        result = dataclasses.replace(result, layers=noise)
+        costs = made.int8.sensitivity or node_noise(
+            made.int8.in_float, made.int8.plan, samples, threads=recipe.threads, progress=progress
+        )
+        result = dataclasses.replace(result, layers=noise, sensitivity=costs)
     if recipe.benchmark is None:
         return result
     try:

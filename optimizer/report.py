@@ -97,6 +97,8 @@ class Report:
     changes: tuple[str, ...] = ()
     ort: OrtFiles | None = None
     sensitivity: tuple[NodeSensitivity, ...] = ()
+    floats: Mapping[str, str] = field(default_factory=dict)
+    """Nodes of an int8 model that stay in float, by first output, and why."""
 
     @property
     def chosen(self) -> str:
@@ -130,6 +132,8 @@ class Report:
         if self.sensitivity:
             parts += ["\n## What int8 costs, node by node\n"]
             parts += [table(SENSITIVITY_COLUMNS, sensitivity_rows(self.sensitivity))]
+        if self.floats:
+            parts += ["\n## Left in float\n", table(("node", "why"), list(self.floats.items()))]
         if self.notes:
             parts += ["\n## Notes\n", *(f"- {note}\n" for note in self.notes)]
         parts += ["\n## Recipe\n\n```json\n", json.dumps(plain(self.recipe), indent=2), "\n```\n"]

@@ -359,6 +359,15 @@ def sensitivity_section(found: Sequence[NodeSensitivity]) -> tuple[Section, ...]
     )
 
 
+def floats_section(floats: Mapping[str, str]) -> tuple[Section, ...]:
+    """Which nodes of an int8 model stay in float, and why."""
+    if not floats:
+        return ()
+    rows = [(Cell(name, "strong"), Cell(why, "quiet")) for name, why in floats.items()]
+    shown = Fold(count_text(len(rows), "node"), (table(("node", "why"), rows, left=(0, 1)),))
+    return section("floats", "Left in float", shown)
+
+
 def _decibels(value: float) -> str:
     return f"{value:.1f} dB" if math.isfinite(value) else "no noise" if value > 0 else NOTHING
 

@@ -16,6 +16,7 @@ from edgewise.optimizer.page.blocks import Code, Headline, Page, Section, sectio
 from edgewise.optimizer.page.job import (
     accuracy_section,
     candidates_section,
+    floats_section,
     layers_section,
     overview_section,
     recipe_section,
@@ -114,6 +115,7 @@ def _(report: Report) -> Page:
             *accuracy_section(report),
             *layers_section(report.layers),
             *sensitivity_section(report.sensitivity),
+            *floats_section(report.floats),
             *steps_section(report.steps),
             *where_section(
                 None if latency is None else grant_table([latency]),
