@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx_ir as ir
 
 from edgewise.calibration.data import Samples
@@ -11,6 +12,7 @@ from edgewise.optimizer.comparison import decibels
 from edgewise.optimizer.metrics import Array, noise_share, run_all
 
 _SQUASHING = frozenset({"Softmax", "LogSoftmax"})
+_TRACE = 1e-6  # of an energy; its square is float32's own rounding
 _GRID = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
@@ -18,8 +20,8 @@ class Yardstick:
     """Signal-to-noise of a model's outputs against those of `original`, on `samples` held back.
 
     A metric that counts samples cannot tell two good models apart; this can. Where a Softmax ends the model,
-    its input counts, less what the Softmax takes away from it: else the few samples that the model is in
-    doubt of would drown all others. Without labels, without a bound: that is the judge's.
+    its input counts, less what the Softmax takes away from it. Without labels, without a bound: that is the
+    judge's.
     """
 
     def __init__(self, original: ir.Model, samples: Samples, *, threads: int | None = None) -> None:
@@ -28,12 +30,18 @@ class Yardstick:
         self._expected = self._outputs(original)
 
     def decibels(self, model: ir.Model) -> float:
-        """Of the worst output: energy of the original's numbers over that of the difference, in dB.
+        """Of the worst output: the mean over samples of signal over noise in dB.
 
-        Minus infinity where the model gives NaN or infinity.
+        A mean of ratios in dB does not hang on the few samples with most noise, as the ratio of all energies
+        does, so that two ways of quantizing can be told apart on few samples. Minus infinity where the model
+        gives NaN or infinity. Outputs that are no floats count where there are no others, by the share of
+        elements that differ.
         """
-        share = noise_share(self._outputs(model), self._expected)
-        return decibels(1.0, share) if math.isfinite(share) else -math.inf
+        found = self._outputs(model)
+        floats = [name for name, array in self._expected.items() if array.dtype.kind == "f"]
+        if not floats:
+            return decibels(1.0, noise_share(found, self._expected))
+        return min(_typical(self._expected[name], found[name]) for name in floats)
 
     def _outputs(self, model: ir.Model) -> dict[str, Array]:
         bare = model.clone()
@@ -61,6 +69,18 @@ def _scores(value: ir.Value) -> ir.Value | None:
         return None
     axis = node.attributes.get_int("axis", -1)
     return source if source.shape is not None and axis in (-1, len(source.shape) - 1) else None
+
+
+def _typical(expected: Array, actual: Array) -> float:
+    """The mean of the rows' decibels; a row of silence is held against a trace of the others' signal."""
+    e, a = (array.astype(np.float64).reshape(len(array), -1) for array in (expected, actual))
+    signal, noise = np.square(e).sum(1), np.square(e - a).sum(1)
+    if not np.isfinite(noise).all():
+        return -math.inf
+    if not noise.any():
+        return math.inf
+    share = noise / signal.clip(max(_TRACE * signal.mean(), np.finfo(np.float64).tiny))
+    return float(np.mean(-10 * np.log10(share.clip(_TRACE**2, _TRACE**-2))))
 
 
 def _centred(scores: Array) -> Array:
