@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from edgewise.calibration.edits import NO_EDITS, Anchor, Edits, anchors, nearest, with_weights
 from edgewise.calibration.kernels import biased_by, kernel_rows
 from edgewise.calibration.moments import Moments
+from edgewise.calibration.taps import reduction
 from edgewise.passes.fingerprint import fingerprint
 from edgewise.passes.graph import (
+    Array,
     constant_of,
     forget_names,
     graph_of,
     move_initializers,
-    new_initializer,
     only_user,
     opset,
     unique_name,
@@ -27,8 +26,6 @@ from edgewise.passes.insert_qdq import InsertQdq
 from edgewise.passes.quant_plan import QuantPlan
 from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Evaluator, Feed
-
-Array = npt.NDArray[Any]
 
 
 def correct_biases(
@@ -171,19 +168,15 @@ def _add_float_twin(quantized: ir.Model, model: ir.Model) -> dict[str, ir.Value]
 
 def _corrected(node: ir.Node, truth: ir.Value, axes: Sequence[int], version: int) -> ir.Value:
     """Let all readers of what `node` gives read it with the mean difference from `truth` added."""
-    given = node.outputs[0]
+    graph, given = graph_of(node), node.outputs[0]
     uses = list(given.uses())
-    hint = f"{given.name}.shift"
     difference = ir.node("Sub", [truth, given])
-    if version >= 18:
-        reduced = new_initializer(graph_of(node), f"{hint}.axes", np.array(axes, np.int64))
-        mean = ir.node("ReduceMean", [difference.outputs[0], reduced])
-    else:
-        mean = ir.node("ReduceMean", [difference.outputs[0]], {"axes": list(axes)})
+    difference.outputs[0].name = unique_name(graph, f"{given.name}.difference")
+    mean = reduction(graph, "ReduceMean", difference.outputs[0], axes, keepdims=True, version=version)
     total = ir.node("Add", [given, mean.outputs[0]])
-    for made, suffix in ((difference, "difference"), (mean, "mean"), (total, "corrected")):
-        made.outputs[0].name = unique_name(graph_of(node), f"{hint}.{suffix}")
-    graph_of(node).insert_after(node, [difference, mean, total])
+    for made, suffix in ((mean, "shift"), (total, "corrected")):
+        made.outputs[0].name = unique_name(graph, f"{given.name}.{suffix}")
+    graph.insert_after(node, [difference, mean, total])
     for reader, index in uses:
         reader.replace_input_with(index, total.outputs[0])
     return mean.outputs[0]

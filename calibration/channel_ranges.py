@@ -7,17 +7,14 @@ from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from edgewise.passes.channel_links import Array
+from edgewise.calibration.taps import reduction, tapped
 from edgewise.passes.channel_ranges import ChannelRange, ChannelRanges
 from edgewise.passes.channel_scales import observable
 from edgewise.passes.fingerprint import fingerprint
-from edgewise.passes.graph import new_initializer, opset
+from edgewise.passes.graph import Array, opset
 from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Evaluator, Feed
-
-_AXES_ARE_INPUTS = 18  # of all reductions from this opset on
 
 
 def collect_channels(
@@ -76,17 +73,14 @@ def _range(name: str, axis: int, totals: Mapping[str, Array], count: int) -> Cha
 
 def _reducing(model: ir.Model, wanted: Mapping[str, int]) -> ir.Model:
     """What of the model computes the values, and reductions of them as the only outputs."""
-    part = model.clone()
-    produced = {v.name: v for node in part.graph for v in node.outputs}
+    part = tapped(model, list(wanted))
     outputs: list[ir.Value] = []
-    for name, axis in wanted.items():
-        value = produced.get(name)
-        if value is None or value.shape is None:
-            raise InputError(f"the model's main graph computes no value of known shape named {name!r}")
+    for value, axis in zip(part.graph.outputs, wanted.values(), strict=True):
+        if value.shape is None:
+            raise InputError(f"the shape of {value.name!r} is not known: infer shapes first")
         axes = [i for i in range(len(value.shape)) if i != axis]
         outputs += [_reduced(part, value, what, axes) for what in _REDUCTIONS]
     part.graph.outputs[:] = outputs
-    RemoveUnusedNodesPass()(part)
     return part
 
 
@@ -94,11 +88,7 @@ def _reduced(model: ir.Model, value: ir.Value, what: str, axes: list[int]) -> ir
     source = value
     if what == "mean":
         source = _appended(model, ir.node("Abs", [value]), f"{value.name}.channels.magnitude", value)
-    if opset(model) >= _AXES_ARE_INPUTS:
-        given = new_initializer(model.graph, _name(value.name or "", "axes"), np.array(axes, np.int64))
-        node = ir.node(_REDUCTIONS[what], [source, given], {"keepdims": 0})
-    else:
-        node = ir.node(_REDUCTIONS[what], [source], {"keepdims": 0, "axes": axes})
+    node = reduction(model.graph, _REDUCTIONS[what], source, axes, keepdims=False, version=opset(model))
     return _appended(model, node, _name(value.name or "", what), value)
 
 

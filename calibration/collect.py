@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, reduce
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from edgewise.calibration.sketch import Accumulator, Sketch
 from edgewise.calibration.table import CalibrationTable
+from edgewise.calibration.taps import open_taps, sizes_on, values_of
 from edgewise.passes.fingerprint import fingerprint
-from edgewise.passes.graph import static_shape
 from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Evaluator, Feed
 from edgewise.runtime.machine import usable_cores
@@ -65,7 +63,7 @@ class Collector:
         self._threads = threads or len(usable_cores())
         self._memory = memory
         self._workers = 0
-        self._evaluators: list[Evaluator] = []
+        self._taps: list[Evaluator] = []
 
     def collect(
         self,
@@ -86,7 +84,7 @@ class Collector:
         fed = [name for name in self._names if name in first]
         queue = _Queue(chain([first], stream), progress, time.monotonic() + seconds)
         with ThreadPoolExecutor(self._workers) as pool:
-            futures = [pool.submit(_sketch, queue, fed, self._evaluators) for _ in range(self._workers)]
+            futures = [pool.submit(_sketch, queue, fed, self._taps) for _ in range(self._workers)]
             try:
                 parts = [future.result() for future in futures]
             finally:  # an interrupt must not wait for all samples
@@ -105,12 +103,9 @@ class Collector:
         if self._workers:
             return
         names = [name for name in self._names if name not in feed]
-        sizes = _sizes(self._model, names, feed)
+        sizes = sizes_on(self._model, names, feed)
         self._workers = max(1, min(self._threads, _MOST_WORKERS, self._memory // max(sum(sizes.values()), 1)))
-        self._evaluators = [
-            Evaluator(_tapped(self._model, group), outputs=group, threads=self._threads // self._workers)
-            for group in _groups(names, sizes, self._memory)
-        ]
+        self._taps = open_taps(self._model, sizes, self._memory, self._threads // self._workers)
 
 
 class _Queue:
@@ -145,63 +140,14 @@ class _Queue:
             self._samples = iter(())
 
 
-def _sketch(queue: _Queue, fed: Sequence[str], evaluators: Sequence[Evaluator]) -> dict[str, Sketch]:
+def _sketch(queue: _Queue, fed: Sequence[str], taps: Sequence[Evaluator]) -> dict[str, Sketch]:
     """One worker: the values of whatever samples it gets hold of, for sketches merge in any way."""
     accumulators: dict[str, Accumulator] = {}
     try:
         for feed in queue:
-            for name, array in chain(((name, feed[name]) for name in fed), _outputs(evaluators, feed)):
+            for name, array in chain(((name, feed[name]) for name in fed), values_of(taps, feed)):
                 if isinstance(array, np.ndarray) and array.dtype.kind == "f":
                     accumulators.setdefault(name, Accumulator()).add(array)
     finally:  # a failure stops the others
         queue.close()
     return {name: accumulator.sketch() for name, accumulator in accumulators.items()}
-
-
-def _outputs(evaluators: Sequence[Evaluator], feed: Feed) -> Iterator[tuple[str, Any]]:
-    """Every value of one sample; those of one evaluator are in memory together."""
-    for evaluator in evaluators:
-        yield from evaluator.run(feed).items()
-
-
-def _tapped(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """What of the model computes these values, with nothing else as output, so that the rest stays fused."""
-    part = model.clone()
-    produced = {v.name: v for node in part.graph for v in node.outputs}
-    if unknown := [name for name in names if name not in produced]:
-        raise InputError(f"the model's main graph computes no value named {unknown[0]!r}")
-    part.graph.outputs[:] = [produced[name] for name in names]
-    RemoveUnusedNodesPass()(part)
-    return part
-
-
-def _groups(names: Sequence[str], sizes: Mapping[str, int], memory: int) -> list[list[str]]:
-    """The names in order, cut where the next value would pass the bound. A value alone may pass it."""
-    groups: list[list[str]] = []
-    room = 0
-    for name in names:
-        if not groups or sizes[name] > room:
-            groups.append([])
-            room = memory
-        groups[-1].append(name)
-        room -= sizes[name]
-    return groups
-
-
-def _sizes(model: ir.Model, names: Sequence[str], feed: Feed) -> dict[str, int]:
-    """Bytes of each value for samples like `feed`; those of unknown shape count as the largest known one."""
-    shapes = _static_shapes(model, names)
-    if len(shapes) < len(names):
-        fixed = model.clone()
-        for value in fixed.graph.inputs:
-            if (array := feed.get(value.name or "")) is not None:
-                value.shape = ir.Shape(array.shape)
-        shapes = _static_shapes(ShapeInferencePass()(fixed).model, names)
-    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
-    return dict.fromkeys(names, max(sizes.values(), default=0)) | sizes
-
-
-def _static_shapes(model: ir.Model, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    wanted = set(names)
-    shapes = {v.name: static_shape(v) for node in model.graph for v in node.outputs if v.name in wanted}
-    return {name: shape for name, shape in shapes.items() if name is not None and shape is not None}

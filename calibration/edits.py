@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from edgewise.calibration.kernels import Weights, weights_of
 from edgewise.calibration.target import TARGETS
-from edgewise.passes.graph import attribute
+from edgewise.passes.graph import Array, attribute
 from edgewise.passes.quant_plan import LIMITS, QuantPlan, ValuePlan
 from edgewise.runtime.errors import InputError
 
-Array = npt.NDArray[Any]
 Edits = Mapping[str, Array]
 
 NO_EDITS: Edits = MappingProxyType({})

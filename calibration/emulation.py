@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from edgewise.calibration.integer_products import (
@@ -21,10 +19,8 @@ from edgewise.calibration.integer_products import (
     products,
 )
 from edgewise.calibration.kernels import is_depthwise, kernel_rows
-from edgewise.passes.graph import attribute, constant_of
+from edgewise.passes.graph import Array, attribute, constant_of
 from edgewise.runtime.evaluate import Evaluator, Feed
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from numpy.lib.stride_tricks import sliding_window_view
 
-from edgewise.passes.graph import attribute
-
-Array = npt.NDArray[Any]
+from edgewise.passes.graph import Array, attribute
 
 LIMITS = (-(2**15), 2**15 - 1)
 """What a pair of products is cut to."""
@@ -55,7 +51,7 @@ def arrange(node: ir.Node, sums: Array, shape: Sequence[int], kernel: Sequence[i
         return rows.reshape(*shape[:-1], rows.shape[-1])
     spatial = [
         (size + sum(pads) - reach) // stride + 1
-        for size, pads, reach, stride in zip(shape[2:], *_geometry(node, shape[2:], kernel), strict=True)
+        for size, pads, reach, stride in zip(shape[2:], *geometry(node, shape[2:], kernel), strict=True)
     ]
     return np.moveaxis(rows.reshape(shape[0], *spatial, rows.shape[-1]), -1, 1)
 
@@ -123,7 +119,7 @@ def neighbours(rows: Array) -> Array:
 def _windows(node: ir.Node, levels: Array, kernel: Sequence[int], zero_point: int) -> Array:
     """(batch, channels, positions..., kernel...), nothing copied but the padding."""
     rank = len(kernel)
-    pads, reaches, strides = _geometry(node, levels.shape[2:], kernel)
+    pads, reaches, strides = geometry(node, levels.shape[2:], kernel)
     padded = np.pad(levels, ((0, 0), (0, 0), *pads), constant_values=zero_point)
     windows = sliding_window_view(padded, reaches, axis=tuple(range(2, 2 + rank)))
     dilations = attribute(node, "dilations", [1] * rank)
@@ -131,7 +127,7 @@ def _windows(node: ir.Node, levels: Array, kernel: Sequence[int], zero_point: in
     return windows[(slice(None), slice(None), *steps)]
 
 
-def _geometry(
+def geometry(
     node: ir.Node, sizes: Sequence[int], kernel: Sequence[int]
 ) -> tuple[list[tuple[int, int]], list[int], list[int]]:
     """Padding on both sides, extent of the dilated kernel, and stride, for each spatial axis."""

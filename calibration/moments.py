@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from edgewise.calibration.edits import Anchor, anchors
+from edgewise.calibration.integer_products import geometry
+from edgewise.calibration.taps import open_taps, sizes_on, values_of
 from edgewise.passes.fingerprint import fingerprint
-from edgewise.passes.graph import attribute, static_shape
+from edgewise.passes.graph import Array, attribute
 from edgewise.passes.quant_plan import QuantPlan
 from edgewise.runtime.errors import InputError
-from edgewise.runtime.evaluate import Evaluator, Feed
-
-Array = npt.NDArray[Any]
+from edgewise.runtime.evaluate import Feed
 
 _MOST_PATCHES = 64  # of one sample and layer: neighbours tell little new, and inference stays dearer
 _FEWEST_PATCHES = 16  # small moments are known from few
@@ -106,11 +103,13 @@ def collect_moments(
         raise InputError("no samples to take moments of")
     layers = [a for a in anchors(model, plan) if a.own_weights]
     sums = _sums(layers, memory // 2)
-    evaluators = _evaluators(model, layers, first, threads, memory // 2)
+    names = [name for name in sums if name not in first]
+    sizes = sizes_on(model, names, first)
+    taps = open_taps(model, sizes, memory // 2, threads)
     done = 0
     for done, feed in enumerate(chain([first], stream), start=1):
         start = _start(feed)
-        for name, array in chain(feed.items(), _outputs(evaluators, feed)):
+        for name, array in chain(feed.items(), values_of(taps, feed)):
             for one in sums.get(name, ()):
                 one.add(array, start)
         if progress is not None:
@@ -214,19 +213,13 @@ class _Axis:
 
 
 def _axes(node: ir.Node, kernel: Sequence[int], sizes: Sequence[int]) -> list[_Axis]:
-    rank = len(kernel)
-    strides, dilations = (attribute(node, name, [1] * rank) for name in ("strides", "dilations"))
-    pads, auto = attribute(node, "pads", [0] * 2 * rank), attribute(node, "auto_pad", "NOTSET")
-    axes = []
-    for i, (size, k, stride, dilation) in enumerate(zip(sizes, kernel, strides, dilations, strict=True)):
-        reach = dilation * (k - 1) + 1
-        before, after = (pads[i], pads[rank + i]) if auto == "NOTSET" else (0, 0)
-        if auto.startswith("SAME"):
-            total = max((-(-size // stride) - 1) * stride + reach - size, 0)
-            before, after = sorted((total // 2, total - total // 2), reverse=auto == "SAME_LOWER")
-        out = (size + before + after - reach) // stride + 1
-        axes.append(_Axis(size, out, stride, np.arange(k) * dilation - before))
-    return axes
+    dilations = attribute(node, "dilations", [1] * len(kernel))
+    return [
+        _Axis(size, (size + before + after - reach) // stride + 1, stride, np.arange(k) * dilation - before)
+        for size, k, dilation, (before, after), reach, stride in zip(
+            sizes, kernel, dilations, *geometry(node, sizes, kernel), strict=True
+        )
+    ]
 
 
 def _conv_patches(anchor: Anchor, array: Array, start: float) -> Array:
@@ -244,44 +237,3 @@ def _conv_patches(anchor: Anchor, array: Array, start: float) -> Array:
     pixels = array.reshape(batch, channels, -1)[image[:, None], :, index] * inside[:, :, None]
     grouped = pixels.reshape(count, index.shape[1], anchor.groups, -1).transpose(2, 0, 1, 3)
     return grouped.reshape(anchor.groups, count, -1)
-
-
-def _evaluators(
-    model: ir.Model, layers: Sequence[Anchor], feed: Feed, threads: int | None, memory: int
-) -> list[Evaluator]:
-    """The models that compute the inputs of all layers, a group that fits in memory each."""
-    names = list(dict.fromkeys(a.input.name or "" for a in layers))
-    groups: list[list[str]] = []
-    room = 0
-    for name, size in _sizes(model, [n for n in names if n not in feed], feed).items():
-        if not groups or size > room:
-            groups.append([])
-            room = memory
-        groups[-1].append(name)
-        room -= size
-    return [Evaluator(_tapped(model, group), outputs=group, threads=threads) for group in groups]
-
-
-def _sizes(model: ir.Model, names: Sequence[str], feed: Feed) -> dict[str, int]:
-    """Bytes of each value for samples like `feed`; those of unknown shape count as the largest known one."""
-    fixed = model.clone()
-    for value in fixed.graph.inputs:
-        if (array := feed.get(value.name or "")) is not None:
-            value.shape = ir.Shape(array.shape)
-    known = {v.name: static_shape(v) for n in ShapeInferencePass()(fixed).model.graph for v in n.outputs}
-    sizes = {name: 4 * math.prod(shape) for name in names if (shape := known.get(name)) is not None}
-    return dict.fromkeys(names, max(sizes.values(), default=0)) | sizes
-
-
-def _tapped(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """What of the model computes these values, with nothing else as output."""
-    part = model.clone()
-    produced = {v.name: v for node in part.graph for v in node.outputs}
-    part.graph.outputs[:] = [produced[name] for name in names]
-    RemoveUnusedNodesPass()(part)
-    return part
-
-
-def _outputs(evaluators: Sequence[Evaluator], feed: Feed) -> Iterator[tuple[str, Any]]:
-    for evaluator in evaluators:
-        yield from evaluator.run(feed).items()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -150,25 +151,54 @@ def collect_to(
 ) -> tuple[CalibrationTable, tuple[str, ...]]:
     """Observe all samples of `task` with the crew that `open_crew` makes and write the table to `output`.
 
-    Every so many seconds, and when it is interrupted, what is done is written to `output` + ".part"; the
-    same call then goes on from there and ends with the same table, bit by bit. A file of another model or
-    of other samples is left out of account: the notes that come with the table tell.
+    What is done is kept in `output` + ".part" meanwhile, see `collect_in`.
     """
     path = output.with_name(f"{output.name}.part")
+    table, notes = collect_in(path, task, open_crew, every=every, progress=progress)
+    table.save(output)
+    path.unlink(missing_ok=True)
+    return table, notes
+
+
+def collect_in(
+    path: Path,
+    task: Task,
+    open_crew: OpenCrew = Alone,
+    *,
+    every: float = EVERY,
+    progress: Progress | None = None,
+) -> tuple[CalibrationTable, tuple[str, ...]]:
+    """Observe all samples of `task` and leave what was seen in `path`, for the caller to remove.
+
+    It is written every so many seconds, when it is interrupted, and at the end; the same call then goes on
+    from there and ends with the same table, bit by bit. A file of another model or of other samples is
+    left out of account: the notes that come with the table tell.
+    """
     origin = Origin.of(task.model, task.values, task.samples)
     keeper = Keeper(path, origin, len(task.samples), every, progress)
     if keeper.partial.todo.size:
         crew = open_crew(replace(task, seconds=every), keeper.heard)
-        try:
-            observe(crew, keeper.partial.todo, keeper.absorb)
-        except BaseException:  # also of an interrupt: what is done is not lost
-            keeper.save()
-            raise
-        finally:
-            crew.close()
+        with closing(crew):
+            try:
+                observe(crew, keeper.partial.todo, keeper.absorb)
+            finally:  # also of an interrupt: what is done is not lost
+                keeper.save()
     table = keeper.partial.table
     if table is None:
         raise InputError("no samples to calibrate with")
-    table.save(output)
-    path.unlink(missing_ok=True)
     return table, keeper.notes
+
+
+@contextmanager
+def kept_beside(output: Path) -> Iterator[Path]:
+    """Where a job that writes `output` keeps its table: a file that only an interrupted job leaves behind."""
+    path = output.with_name(f"{output.name}.table.part")
+    interrupted = False
+    try:
+        yield path
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
+    finally:
+        if not interrupted:
+            path.unlink(missing_ok=True)

@@ -40,12 +40,12 @@ class Costs:
     apart: Mapping[tuple[str, str], float] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict, repr=False)
     border: float = 0.0
-    """What the runtime inserts, on average, where a value changes sides: other layouts."""
+    """What the runtime inserts for every element of a value that changes sides, on average: other layouts."""
 
     def conversion(self, value: str, measured: Mapping[str, float]) -> float:
         """The time to take `value` from one side to the other."""
-        estimate = _CALL_MS + _ELEMENT_MS * self.sizes.get(value, 0)
-        return measured.get(value, estimate) + self.border
+        size = self.sizes.get(value, 1)
+        return measured.get(value, _CALL_MS + _ELEMENT_MS * size) + self.border * size
 
 
 def costs_of(
@@ -85,7 +85,7 @@ def corrected(
     seen = costs_of(model, in_float, mixed, placed, costs.sizes)
     stayed = {name: ms for name, ms in seen.in_int8.items() if name in floats}
     moved = {name: ms for name, ms in seen.in_int8.items() if name not in floats}
-    conversions = len(seen.quantize) + len(seen.dequantize)
+    elements = sum(costs.sizes.get(value, 1) for value in (*seen.quantize, *seen.dequantize))
     inserted = _inserted(mixed) - _inserted(in_float)
     return replace(
         costs,
@@ -93,7 +93,7 @@ def corrected(
         in_int8={**costs.in_int8, **moved},
         quantize={**costs.quantize, **seen.quantize},
         dequantize={**costs.dequantize, **seen.dequantize},
-        border=max(inserted / conversions, 0.0) if conversions else costs.border,
+        border=max(inserted / elements, 0.0) if elements else costs.border,
     )
 
 
@@ -221,10 +221,15 @@ def _side(node: ir.Node | None) -> object:
 def _why(name: str, costs: Costs, noise: Mapping[str, float], price: float) -> str:
     in_float, in_int8 = costs.in_float.get(name, 0.0), costs.in_int8.get(name, 0.0)
     if price * noise.get(name, 0.0) > abs(in_float - in_int8):
-        return f"{_NOISY} {10 * math.log10(noise[name]):.0f} dB to the outputs"
+        return noisy(noise[name])
     if in_int8 >= in_float:
         return f"{_micro(in_int8)} in int8, {_micro(in_float)} in float"
     return f"saves {_micro(in_float - in_int8)} in int8, conversions cost more"
+
+
+def noisy(share: float) -> str:
+    """Why a node is in float that adds so much noise, as a share of the signal."""
+    return f"{_NOISY} {10 * math.log10(share):.0f} dB to the outputs" if share > 0 else f"{_NOISY} others"
 
 
 def is_noisy(why: str) -> bool:

@@ -20,9 +20,10 @@ from edgewise.calibration.kernels import (
 )
 from edgewise.calibration.regions import Regions, find_regions
 from edgewise.calibration.table import CalibrationTable
-from edgewise.calibration.target import CUTS, TARGETS, Target
+from edgewise.calibration.target import TARGETS, Target
 from edgewise.calibration.weight_scales import float32_scale, weight_plan, wider
 from edgewise.passes.graph import constant_of
+from edgewise.passes.movers import CUTS
 from edgewise.passes.quant_plan import LIMITS, NodePlan, QuantPlan, ValuePlan
 
 Array = npt.NDArray[Any]

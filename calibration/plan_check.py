@@ -9,8 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from edgewise.calibration.kernels import activations, biased_by, cut_bounds, refusal, weights_of
-from edgewise.calibration.target import CUTS, Target, target_of
+from edgewise.calibration.target import Target, target_of
 from edgewise.passes.graph import constant_of
+from edgewise.passes.movers import CUTS
 from edgewise.passes.quant_plan import LARGEST, SMALLEST, NodePlan, QuantPlan, ValuePlan
 from edgewise.runtime.errors import InputError
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from edgewise.calibration.kernels import UNBOUNDED, Bounds, activations, biased_by, cut_bounds, refusal
-from edgewise.calibration.target import AVERAGES, CUTS, SHRINKING, Target
+from edgewise.calibration.target import AVERAGES, SHRINKING, Target
 from edgewise.passes.graph import only_user, opset
-
-NEIGHBOURS = "its neighbours are in float"
+from edgewise.passes.movers import CUTS
+from edgewise.passes.quant_plan import NEIGHBOURS
 
 
 @dataclass(frozen=True)

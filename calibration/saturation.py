@@ -10,18 +10,17 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from edgewise.calibration.emulation import Emulator, Layer, Watch
 from edgewise.calibration.kernels import kernel_rows, weights_of
+from edgewise.calibration.noise import Energy
 from edgewise.calibration.weight_scales import float32_scale
+from edgewise.passes.graph import Array
 from edgewise.passes.insert_qdq import InsertQdq
 from edgewise.passes.quant_plan import QuantPlan, ValuePlan
 from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Feed
-
-Array = npt.NDArray[Any]
 
 MARGIN = 1.25
 """How far beyond the largest activation seen at each weight, from zero, others are reckoned with."""
@@ -135,17 +134,17 @@ def saturation(
     if not emulator.layers:
         return SaturationReport((), MappingProxyType({}), 0)
     seen = {layer.name: _Seen(layer) for layer in emulator.layers if weights_of(twins[layer.name])}
-    energies: dict[str, Array] = {}
+    energies: dict[str, Energy] = {}
     count = 0
     for feed in islice(samples, most):
         exact, cut = emulator.run(feed, saturating=False, watch=_watch(seen)), emulator.run(feed)
         for name in filter(lambda name: _is_comparable(exact[name], cut[name]), exact):
-            energies[name] = energies.get(name, 0.0) + _energies(exact[name], exact[name] - cut[name])
+            energies.setdefault(name, Energy()).add(exact[name], cut[name])
         count += 1
     if not count:
         raise InputError("no samples to find saturation with")
     nodes = tuple(s.report(twins[name], margin) for name, s in seen.items())
-    return SaturationReport(nodes, MappingProxyType({k: _decibels(*e) for k, e in energies.items()}), count)
+    return SaturationReport(nodes, MappingProxyType({k: e.decibels for k, e in energies.items()}), count)
 
 
 def portable(plan: QuantPlan, report: SaturationReport) -> QuantPlan:
@@ -198,7 +197,7 @@ class _Seen:
         self._low, self._high = (np.full(layer.rows[:, 0].shape, level) for level in (255, 0))
         self._cut = np.zeros(layer.channels, np.int64)
         self._sums = 0
-        self._energies = np.zeros(2)
+        self._energy = Energy()
         self._columns: list[Array] = []
 
     def add(self, columns: Array, sums: Array) -> None:
@@ -207,7 +206,7 @@ class _Seen:
         self._high = np.maximum(self._high, columns.max(axis=1))
         self._cut += (lost != 0).sum(axis=1).ravel()
         self._sums += columns.shape[1]
-        self._energies += _energies(self._layer.floats(sums), self._layer.floats(lost))
+        self._energy.add(self._layer.floats(sums), self._layer.floats(sums - lost))
         self._columns.append(columns[:, :: -(-columns.shape[1] // _POSITIONS)])
 
     def report(self, node: ir.Node, margin: float) -> NodeSaturation:
@@ -221,7 +220,7 @@ class _Seen:
             int(layer.can_saturate.sum()),
             int((self._cut > 0).sum()),
             float(self._cut.sum() / (self._sums * layer.channels)),
-            _decibels(*self._energies),
+            self._energy.decibels,
             tuple(self._widening(kernel_rows(node, weights.array), margin).tolist()),
         )
 
@@ -259,13 +258,3 @@ def _watch(seen: Mapping[str, _Seen]) -> Watch:
 
 def _is_comparable(exact: Any, cut: Any) -> bool:
     return isinstance(exact, np.ndarray) and exact.dtype.kind == "f" and exact.shape == cut.shape
-
-
-def _energies(signal: Array, noise: Array) -> Array:
-    return np.array([np.sum(np.square(part, dtype=np.float64)) for part in (signal, noise)])
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 import zipfile
@@ -147,4 +148,17 @@ class CalibrationTable:
             name: Sketch(b, c, *scalars)
             for name, b, c, *scalars in zip(arrays["names"].tolist(), bins, counts, *columns, strict=True)
         }
+        if len(sketches) < len(bins) or not all(map(_is_whole, sketches.values())):
+            raise ValueError("the sketches contradict themselves")
         return cls(str(arrays["fingerprint"]), int(arrays["samples"]), sketches)
+
+
+def _is_whole(sketch: Sketch) -> bool:
+    """Whether the numbers of a sketch could be those of some elements."""
+    s = sketch
+    if min(s.count, s.nans, s.infs, s.arrays) < 0 or int(s.counts.sum()) > s.count:
+        return False
+    if s.count == 0:
+        return s.minimum == math.inf and s.maximum == -math.inf
+    ascending = bool((np.diff(s.bins.astype(np.int64)) > 0).all())
+    return ascending and bool((s.counts > 0).all()) and -math.inf < s.minimum <= s.maximum < math.inf

@@ -7,41 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from edgewise.passes.movers import MOVERS
 from edgewise.runtime.errors import InputError
-
-MOVERS = frozenset(
-    {
-        "DepthToSpace",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "GatherElements",
-        "Identity",
-        "MaxPool",
-        "Pad",
-        "ReduceMax",
-        "ReduceMin",
-        "Reshape",
-        "Resize",
-        "Slice",
-        "SpaceToDepth",
-        "Split",
-        "Squeeze",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-    }
-)
-"""Operators whose output holds nothing but elements of their first input (and zeros)."""
 
 SHRINKING = frozenset({"Gather", "GatherElements", "MaxPool", "ReduceMax", "ReduceMin", "Slice"})
 """Movers that hand on less than they read: what comes out of float is better quantized behind them."""
 
 AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
 """Followers whose result has more digits than 8 bits hold: where floats read it, floats compute it."""
-
-CUTS = frozenset({"Relu", "Clip"})
-"""Activations that only cut a range: a quantized value cannot leave its range, which does the cutting."""
 
 _ANCHORS = frozenset({"Conv", "Gemm", "MatMul"})
 _CPU_FOLLOWERS = frozenset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,8 @@ class Given:
     plan: Path | None = None
     int8: bool = False
     """Whether it is a failure that nothing in the model can be int8."""
+    kept: Path | None = None
+    """Where the table that is made of samples is kept while the job runs."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,8 @@ def _converted(
     judge = _judge(start, start.samples, recipe)
     made = made.plus(step.name, run_step(made.models[EXACT], step, reference, judge=judge))
     progress(step.name, 1, 1)
-    return dataclasses.replace(
-        made, judge=judge, notes=(*made.notes, *((_NOT_JUDGED,) if judge is None else ()))
-    )
+    told = (_NOT_JUDGED,) if judge is None else judge.notes
+    return dataclasses.replace(made, judge=judge, notes=(*made.notes, *told))
 
 
 def _quantized(
@@ -130,17 +132,23 @@ def _quantized(
         steps=made.steps + preparation + found.steps,
         judge=judge,
         table=found.table,
-        notes=(*made.notes, *told, *found.notes),
+        notes=(*made.notes, *told, *(() if judge is None else judge.notes), *found.notes),
         int8=found,
     )
     if options.format == "qoperator" and found.model is not None:
         made = made.plus(INT8, run_step(found.model, ToQOperator(), reference, judge=judge))
-    if options.format == "auto" and judge is not None:
+    if options.format == "auto" and judge is not None and _is_of_products(exact):
         made = made.plus(DYNAMIC, run_step(exact, QuantizeDynamic(), reference, judge=judge))
     if recipe.objective != "latency" and judge is not None:
         source = made.models.get(INT8, exact)
         made = made.plus(STORED, run_step(source, StoreWeights(), reference, judge=judge))
     return made
+
+
+def _is_of_products(model: ir.Model) -> bool:
+    """Whether matrix products and LSTMs do most of the work, the layers that dynamic int8 is for."""
+    kinds = Counter(node.op_type for node in model.graph)
+    return sum(kinds[op] for op in ("MatMul", "Gemm", "LSTM")) > kinds["Conv"] + kinds["ConvTranspose"]
 
 
 def _judge(start: Start, samples: Samples | None, recipe: Recipe) -> Judge | None:
@@ -163,4 +171,6 @@ def _static(
     parts = split(samples, options.samples, recipe.seed)
     judge = _judge(start, parts.judge if given.table is None else samples, recipe)
     assert judge is not None
-    return judge, find_int8(ready, parts, reference, judge, recipe, table=given.table, progress=progress)
+    return judge, find_int8(
+        ready, parts, reference, judge, recipe, table=given.table, kept=given.kept, progress=progress
+    )

@@ -124,7 +124,9 @@ RecipeFile = Annotated[
 MetricName = Annotated[
     str | None,
     typer.Option(
-        "--metric", metavar="NAME", help="top1, agreement, fidelity, or module:function(outputs, labels)."
+        "--metric",
+        metavar="NAME",
+        help="top1, agreement, fidelity, equality, or module:function(outputs, labels).",
     ),
 ]
 MaxDrop = Annotated[
@@ -181,7 +183,9 @@ Portable = Annotated[
     ),
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="No searches: the target's rules and a short benchmark.")]
-NoBenchmark = Annotated[bool, typer.Option("--no-benchmark", help="Do not measure the latency.")]
+NoBenchmark = Annotated[
+    bool, typer.Option("--no-benchmark", help="Do not measure the latency: the target's rules place int8.")
+]
 Json = Annotated[
     Path | None,
     typer.Option(
@@ -467,9 +471,9 @@ def plan(
     force: Force = False,
     json_file: Json = None,
 ) -> None:
-    """Write how MODEL would be quantized, to be edited.
+    """Write how the target's rules would quantize MODEL, to be edited.
 
-    The exact passes run first, as in quantize.
+    The file is for quantize --plan. The exact passes run first, as in quantize; nothing is timed.
     """
     from edgewise.optimizer.console import progress_bars
     from edgewise.optimizer.plan_files import make_plan as job
@@ -504,9 +508,10 @@ def quantize(
     force: Force = False,
     json_file: Json = None,
 ) -> None:
-    """Write MODEL in int8, as far as that is faster and keeps the bound.
+    """Write MODEL in int8, as far as that pays.
 
-    The exact passes run first; a recipe with fewer passes says otherwise.
+    It is never slower than before, and the metric falls by no more than --max-drop. The exact passes run
+    first; a recipe with fewer passes says otherwise.
     """
     from edgewise.optimizer import quantize as job
     from edgewise.optimizer.console import progress_bars

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgewise.calibration.noise import decibels
+
 Array = npt.NDArray[Any]
 Outputs = Mapping[str, Any]
 
@@ -107,13 +109,6 @@ def _difference(name: str, expected: list[Any], actual: list[Any]) -> Difference
         cosine=float(e @ a / norms) if norms > 0 else float(noise == 0),
         agreement=agreement([e for e, _ in pairs], [a for _, a in pairs]),
     )
-
-
-def decibels(signal: float, noise: float) -> float:
-    """Ratio of two energies in dB; infinite without noise."""
-    if noise == 0:
-        return np.inf
-    return 10 * float(np.log10(signal / noise)) if signal > 0 else -np.inf
 
 
 def agreement(expected: Sequence[Array], actual: Sequence[Array]) -> float | None:

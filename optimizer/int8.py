@@ -11,14 +11,24 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from edgewise.calibration.collect import collect
 from edgewise.calibration.data import Samples
-from edgewise.calibration.findings import findings
+from edgewise.calibration.findings import broken, findings, strangers
 from edgewise.calibration.placement import Costs, is_noisy
-from edgewise.calibration.plan import plan
+from edgewise.calibration.plan import observed_values, plan
 from edgewise.calibration.table import CalibrationTable
 from edgewise.calibration.target import X86_VNNI, target_of
 from edgewise.optimizer.judge import Judge
-from edgewise.optimizer.ladder import Attempt, Floats, Ground, attempt, best_ranges, calibrated, climb, polish
+from edgewise.optimizer.ladder import (
+    Attempt,
+    Floats,
+    Ground,
+    attempt,
+    best_ranges,
+    calibrated_in,
+    climb,
+    polish,
+)
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes, run_step
 from edgewise.optimizer.placing import Placer, find_placement
 from edgewise.optimizer.portability import SAFE, ported
@@ -62,6 +72,13 @@ def split(samples: Samples, count: int, seed: int) -> Split:
         choose=samples.take(np.sort(kept[:_MOST_KEPT_BACK])),
         judge=samples.take(rest) if len(rest) >= _FEWEST_JUDGES else samples,
     )
+
+
+def too_few(samples: int) -> tuple[str, ...]:
+    """A word on samples that are hardly any."""
+    count = f"{samples} sample{'s' * (samples > 1)}"
+    note = f"{count} cannot stand for all that the model will meet: give {_FEWEST_JUDGES} or more"
+    return (note,) if samples < _FEWEST_JUDGES else ()
 
 
 def prepare(
@@ -114,6 +131,8 @@ def plan_only(
         options = recipe.quantize or Quantize()
         by = dataclasses.replace(options.options, method=options.methods[0])
         chosen = plan(model, table, by, target_of(recipe.target))
+        if not chosen.quantized:
+            return Int8(None, chosen, model, table, (), chosen.why_nothing)
     made, step = run_step(model, InsertQdq(chosen), reference, judge=judge)
     step = dataclasses.replace(step, step=InsertQdq.name)
     return Int8(made if step.status == "applied" else None, chosen, model, table, (step,), _why(step))
@@ -127,9 +146,13 @@ def find_int8(
     recipe: Recipe,
     *,
     table: CalibrationTable | None = None,
+    kept: Path | None = None,
     progress: Progress = no_progress,
 ) -> Int8:
-    """Search ranges, rewrites, placement and roundings for the fastest int8 model that keeps the bound."""
+    """Search ranges, rewrites, placement and roundings for the fastest int8 model that keeps the bound.
+
+    Without a `table` one is made of samples, in `kept` if that is given: there an interrupted search goes on.
+    """
     options = recipe.quantize or Quantize()
     target = target_of(recipe.target)
     if target.saturates and options.portable == "off":
@@ -144,10 +167,16 @@ def find_int8(
         threads=recipe.threads,
         progress=progress,
     )
-    best, step = best_ranges(ground, model, table or calibrated(ground, model))
-    told = findings(best.table, (best.method,))
+    if table is None:
+        table, told = calibrated_in(kept, ground, model)
+    else:
+        told = _strangers(ground, model, table, parts.judge)
+    told += too_few(len(parts.judge))
+    best, step = best_ranges(ground, model, table)
+    told += findings(table, (best.method,))
     if not best.plan.quantized:
-        return Int8(None, best.plan, model, best.table, (), best.plan.why_nothing, notes=told)
+        why = "; ".join(filter(None, (best.plan.why_nothing, broken(table))))
+        return Int8(None, best.plan, model, table, (), why, notes=told)
     best, climbed = climb(ground, best)
     steps = (step, *climbed)
     placer = _placer(ground, best, parts.choose, recipe) if timed else _unmeasured(best)
@@ -155,6 +184,13 @@ def find_int8(
         return Int8(None, best.plan, best.model, best.table, steps, _SLOWER, notes=told)
     result = _within_bound(ground, best, placer, judge, steps)
     return dataclasses.replace(result, notes=(*told, *result.notes))
+
+
+def _strangers(ground: Ground, model: ir.Model, table: CalibrationTable, judge: Samples) -> tuple[str, ...]:
+    """A word where samples are unlike those that a given table was made of."""
+    few = judge.take(range(0, len(judge), -(-len(judge) // _MOST_ASKED)))
+    values = [name for name in observed_values(model, ground.options.options) if name in table.sketches]
+    return strangers(table, collect(model, few, values, threads=ground.threads)) if values else ()
 
 
 def _placer(ground: Ground, best: Attempt, samples: Samples, recipe: Recipe) -> Placer:
@@ -254,4 +290,4 @@ def _named(now: Attempt) -> str:
 
 
 def _why(step: StepReport) -> str:
-    return step.reason or "no node of the plan is in the model"
+    return step.reason or "the plan leaves every node in float: let the form of some be int8"

@@ -20,8 +20,10 @@ from edgewise.calibration.data import Preprocess, Samples
 from edgewise.calibration.findings import findings
 from edgewise.calibration.partial import collect_to
 from edgewise.calibration.plan import observed_values
+from edgewise.calibration.plan import plan as plan_int8
 from edgewise.calibration.sharding import Task
 from edgewise.calibration.table import CalibrationTable
+from edgewise.calibration.target import target_of
 from edgewise.optimizer import files
 from edgewise.optimizer.candidates import Given
 from edgewise.optimizer.choice import INPUT, choose
@@ -36,7 +38,8 @@ from edgewise.optimizer.recipe import Quantize, Recipe
 from edgewise.optimizer.report import Report, Score, facts_of, plain
 from edgewise.optimizer.start import Start, begin
 from edgewise.optimizer.version import VERSION
-from edgewise.runtime.errors import InputError
+from edgewise.passes.fingerprint import fingerprint
+from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import Evaluator
 
 ModelPath = str | os.PathLike[str]
@@ -189,7 +192,8 @@ def calibrate(
     meets the same model. Up to `memory` bytes of values are held at once. The samples are split over
     `workers` processes, or with `ray` over the Ray cluster of that address ("local" starts one); the table is
     the same. An interrupted run leaves `output` + ".part", and the same call goes on from there. Raises
-    `InputError` on input that cannot be used, `EdgewiseError` where workers keep dying.
+    `InputError` on input that cannot be used, `EdgewiseError` where workers keep dying or nothing in the
+    model can be int8.
     """
     begin = time.perf_counter()
     output = Path(output)
@@ -198,6 +202,10 @@ def calibrate(
     job = _prepared(_start(model, output, data, recipe, force, progress), options, progress)
     assert job.samples is not None
     values, total = observed_values(job.exact, options.options), len(job.samples)
+    if not values:
+        unseen = CalibrationTable(fingerprint(job.exact), 0, {})
+        why = plan_int8(job.exact, unseen, options.options, target_of(recipe.target)).why_nothing
+        raise EdgewiseError(f"{job.path} was not calibrated: {why}")
     table, notes = collect_to(
         output,
         Task(job.exact, job.samples, values, recipe.threads, memory),

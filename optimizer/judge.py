@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from edgewise.calibration.data import Samples
 from edgewise.optimizer.comparison import Difference, differences
-from edgewise.optimizer.metrics import default_metric, metric_named, run_all
+from edgewise.optimizer.metrics import Array, default_metric, metric_named, run_all
 from edgewise.optimizer.pipeline import BreachError
 from edgewise.optimizer.report import Score
+from edgewise.runtime.errors import EdgewiseError
 
 _COUNTING = ("top1", "agreement")
 
@@ -36,9 +38,32 @@ class Judge:
         if score < self.before - self.allowed - 1e-9:
             raise BreachError(
                 f"{self.metric.name} fell from {self.before:.4f} to {score:.4f}, "
-                f"by more than {self.allowed:.4f}"
+                f"by {self.before - score:.2g}: more than {self.allowed:.2g}"
             )
         return score
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What speaks against trusting the scores."""
+        notes = []
+        if names := [name for name, output in self._original.items() if not _is_finite(output)]:
+            notes.append(
+                f"NaN or infinity is in output {names[0]!r} of the model itself on the samples that judge: "
+                "there it is not judged, so see that it is made for such inputs"
+            )
+        if self._is_blind():
+            notes.append(
+                f"{self.metric.name} is {self.before:.4f} as well where every sample gets the outputs of the "
+                "first: by these samples it cannot tell a good model from a broken one"
+            )
+        return tuple(notes)
+
+    def _is_blind(self) -> bool:
+        alike = {n: np.repeat(output[:1], len(output), axis=0) for n, output in self._original.items()}
+        try:
+            return self.metric.score(alike, self._original, self.samples.labels) >= self.before
+        except EdgewiseError:  # it can
+            return False
 
     def score(self, model: ir.Model) -> float:
         """The score of `model`, whatever it is."""
@@ -51,3 +76,7 @@ class Judge:
         after = self.metric.score(outputs, self._original, self.samples.labels)
         score = Score(self.metric.name, self.before, after, self.allowed, len(self.samples))
         return score, differences([self._original], [outputs])
+
+
+def _is_finite(output: Array) -> bool:
+    return output.dtype.kind != "f" or bool(np.isfinite(output).all())

@@ -6,18 +6,21 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 
 import onnx_ir as ir
 
 from edgewise.calibration.bias_correction import correct_biases
 from edgewise.calibration.channel_ranges import collect_channels
-from edgewise.calibration.collect import collect
+from edgewise.calibration.collect import MEMORY, collect
 from edgewise.calibration.data import Samples
 from edgewise.calibration.edits import Edits, with_weights
 from edgewise.calibration.moments import Moments, collect_moments
+from edgewise.calibration.partial import collect_in
 from edgewise.calibration.plan import observed_values, plan
 from edgewise.calibration.rounding import round_weights
+from edgewise.calibration.sharding import Task
 from edgewise.calibration.table import CalibrationTable
 from edgewise.calibration.target import Target
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_step
@@ -31,6 +34,7 @@ from edgewise.passes.quant_plan import QuantPlan
 from edgewise.passes.smooth_inputs import SmoothInputs
 
 Floats = Mapping[str, str]
+Notes = tuple[str, ...]
 
 _POLISHING: Mapping[str, str] = MappingProxyType(
     {"bias": "bias correction", "round": "learned rounding", "shift": "bias correction by what layers give"}
@@ -112,6 +116,18 @@ def calibrate_for_int8(
         observed_values(model, options.options),
         threads=threads,
         progress=lambda done: progress("calibrate", done, len(samples)),
+    )
+
+
+def calibrated_in(path: Path | None, ground: Ground, model: ir.Model) -> tuple[CalibrationTable, Notes]:
+    """What `calibrated` gives, and notes; it is kept in `path`, from which an interrupted run goes on."""
+    if path is None:
+        return calibrated(ground, model), ()
+    values, total = observed_values(model, ground.options.options), len(ground.samples)
+    return collect_in(
+        path,
+        Task(model, ground.samples, values, ground.threads, MEMORY),
+        progress=lambda done: ground.progress("calibrate", done, total),
     )
 
 

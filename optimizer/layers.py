@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from edgewise.optimizer.comparison import decibels
-from edgewise.passes.graph import Array, constant_of
-from edgewise.passes.infer_shapes import shapes_on
+from edgewise.calibration.noise import Energy
+from edgewise.calibration.taps import in_groups, sizes_on, tapped
+from edgewise.passes.graph import constant_of
 from edgewise.runtime.evaluate import Evaluator, Feed
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
@@ -47,29 +45,6 @@ class _Layer:
     position: int
 
 
-@dataclass
-class _Energy:
-    """Sums of squares over all inputs so far."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, expected: Array, actual: Array) -> None:
-        """Infinities and NaN in the same places do not count; in one of the two they drown everything."""
-        e, a = (array.astype(np.float64).ravel() for array in (expected, actual))
-        finite = np.isfinite(e)
-        if not np.array_equal(finite, np.isfinite(a)):
-            self.noise = math.inf
-            return
-        e, a = e[finite], a[finite]
-        self.signal += float(e @ e)
-        self.noise += float(np.sum((e - a) ** 2))
-
-    @property
-    def ratio(self) -> float:
-        return -math.inf if math.isinf(self.noise) else decibels(self.signal, self.noise)
-
-
 def layer_noise(
     expected: ir.Model,
     actual: ir.Model,
@@ -88,18 +63,16 @@ def layer_noise(
     The numbers of at most `memory` bytes by their shapes are held at once, or of a single value; the models
     are run in as many parts. Raises `InputError` where a model does not run on the feeds.
     """
-    layers = _layers(expected, actual)
+    layers = {layer.value: layer for layer in _layers(expected, actual)}
     if not feeds or not layers:
         return ()
-    found: dict[str, _Energy] = {}
-    for group in _groups(layers, _sizes(expected, feeds[0]), memory):
-        found |= _energies(expected, actual, group, feeds, threads)
+    found: dict[str, Energy] = {}
+    for group in in_groups(sizes_on(expected, list(layers), feeds[0]), memory // 2):
+        found |= _energies(expected, actual, [layers[name] for name in group], feeds, threads)
     return tuple(
-        LayerNoise(
-            layer.value, layer.node.op_type, layer.node.name or "", found[layer.value].ratio, layer.position
-        )
-        for layer in layers
-        if layer.value in found
+        LayerNoise(name, at.node.op_type, at.node.name or "", found[name].decibels, at.position)
+        for name, at in layers.items()
+        if name in found
     )
 
 
@@ -143,33 +116,13 @@ def _is_dequantized(value: ir.Value) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def _sizes(model: ir.Model, feed: Feed) -> dict[str, int]:
-    """Bytes of the values of both models on inputs like `feed`, as far as shapes are known."""
-    shapes = shapes_on(model, {name: np.shape(array) for name, array in feed.items()})
-    return {name: 8 * math.prod(shape) for name, shape in shapes.items()}
-
-
-def _groups(layers: Sequence[_Layer], sizes: dict[str, int], memory: int) -> list[list[_Layer]]:
-    """The layers in order, cut where the next would pass the bound; one of unknown size is alone."""
-    groups: list[list[_Layer]] = []
-    room = 0
-    for layer in layers:
-        size = sizes.get(layer.value, memory)
-        if not groups or size > room:
-            groups.append([])
-            room = memory
-        groups[-1].append(layer)
-        room -= size
-    return groups
-
-
 def _energies(
     expected: ir.Model, actual: ir.Model, group: Sequence[_Layer], feeds: Sequence[Feed], threads: int | None
-) -> dict[str, _Energy]:
+) -> dict[str, Energy]:
     """The energies of one group's values; those that turn out to be no float of one shape are left out."""
     original = _evaluator(expected, [layer.value for layer in group], threads)
     result = _evaluator(actual, [layer.read for layer in group], threads)
-    energies = {layer.value: _Energy() for layer in group}
+    energies = {layer.value: Energy() for layer in group}
     for feed in feeds:
         e, a = original.run(feed), result.run(feed)
         for layer in group:
@@ -183,13 +136,7 @@ def _energies(
 
 
 def _evaluator(model: ir.Model, names: Sequence[str], threads: int | None) -> Evaluator:
-    """What of the model computes these values."""
-    part = model.clone()
-    produced = {value.name: value for node in part.graph for value in node.outputs}
-    wanted = list(dict.fromkeys(names))
-    part.graph.outputs[:] = [produced[name] for name in wanted]
-    RemoveUnusedNodesPass()(part)
-    return Evaluator(part, outputs=wanted, threads=threads, optimize=False)
+    return Evaluator(tapped(model, names), outputs=names, threads=threads, optimize=False)
 
 
 def _comparable(expected: Any, actual: Any) -> bool:

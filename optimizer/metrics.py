@@ -59,7 +59,10 @@ def fidelity(outputs: Outputs, original: Outputs, _: Array | None) -> float:
     """1 - noise energy / signal energy, the worst of all float outputs: 0.99 is 20 dB, 0.999 is 30 dB."""
     if not _floats(original):
         raise InputError("metric fidelity needs an output of floats: use equality, or a metric of your own")
-    return 1.0 - noise_share(outputs, original)
+    share = noise_share(outputs, original)
+    if share == math.inf:
+        raise EdgewiseError("outputs hold NaN or infinity where the original's do not")
+    return 1.0 - share
 
 
 def equality(outputs: Outputs, original: Outputs, _: Array | None) -> float:
@@ -79,7 +82,10 @@ def _floats(outputs: Outputs) -> list[str]:
 
 
 def _noise_share(expected: Array, actual: Array) -> float:
-    e, a = expected.astype(np.float64), actual.astype(np.float64)
+    known = np.isfinite(expected)  # NaN and infinity of the original tell nothing of what is made of it
+    e, a = expected[known].astype(np.float64), actual[known].astype(np.float64)
+    if not np.isfinite(a).all():
+        return math.inf
     signal, noise = float(np.sum(e * e)), float(np.sum((e - a) ** 2))
     return noise / signal if signal > 0 else float(noise > 0)
 

@@ -8,9 +8,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from edgewise.calibration.data import Samples
+from edgewise.calibration.partial import kept_beside
 from edgewise.calibration.table import CalibrationTable
 from edgewise.optimizer import files
 from edgewise.optimizer.bisection import culprit
@@ -83,8 +85,12 @@ def run_job(
     """The job of `optimize`, with what is `given` to it."""
     check_provider(recipe.target)
     check_targets(output, recipe, Path(model), force=force)
-    with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
-        scratch = Path(folder)
+    with (
+        tempfile.TemporaryDirectory(prefix="edgewise-") as folder,
+        kept_beside(output) as kept,
+        np.errstate(all="ignore"),  # what overflows is judged like all else
+    ):
+        scratch, given = Path(folder), dataclasses.replace(given, kept=kept)
         start = begin(as_file(model, inputs, scratch, seed=recipe.seed), data, recipe)
         if report is not None:
             files.make_folder(Path(report))
@@ -133,6 +139,8 @@ def _make_none_slower(
         shorter = None if guilty is None else recipe.without(guilty)
         if guilty is None or shorter is None:
             return made, recipe
+        if given.kept is not None:
+            given.kept.unlink(missing_ok=True)  # it is of another model than the next one
         taken_back += (StepReport(guilty.spec, guilty.contract.value, "rolled back", reason=_SLOWER),)
         recipe = shorter
 
@@ -173,8 +181,8 @@ def _choose_and_write(start: Start, made: Made, recipe: Recipe, output: Path, *,
     sizes = {name: files.file_bytes(p) for name, p in made.paths.items()}
     candidates = choose(sizes, made.latency, recipe.objective)
     chosen = next(c.name for c in candidates if c.chosen)
-    ort = write_result(made.models[chosen], made.stamp, recipe, output, made.feeds, force=force)
     score, found = (None, ()) if made.judge is None else made.judge.verdict(made.models[chosen])
+    ort = write_result(made.models[chosen], made.stamp, recipe, output, made.feeds, force=force)
     return Report(
         version=VERSION,
         input=facts_of(

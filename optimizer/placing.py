@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from edgewise.calibration.placement import Costs, Placement, corrected, costs_of, place
+from edgewise.calibration.placement import Costs, Placement, corrected, costs_of, noisy, place
 from edgewise.optimizer import files
 from edgewise.optimizer.pipeline import Progress
 from edgewise.optimizer.recipe import Recipe
@@ -26,6 +26,7 @@ PlanWith = Callable[[Floats], QuantPlan]
 """The plan in which these nodes stay in float, by first output and with the reason."""
 
 _CORRECTIONS = 2
+_NO_GAIN = 1e-6  # ms
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,46 @@ class Placer:
     floats: Floats
     """The fastest placement found."""
 
-    def at(self, noise: Mapping[str, float], price: float) -> Placement:
-        """The placement of least time where a unit of noise costs `price` milliseconds."""
-        return place(self.model, self.able, self.costs, noise, price)
-
     def within(self, noise: Mapping[str, float], most: float) -> Placement:
-        """The fastest placement whose nodes in int8 add no more noise than `most`."""
-        low, high = -12.0, 12.0  # decades of the price
-        best = self.at(noise, 10**high)
+        """The fastest placement found whose nodes in int8 add no more noise than `most`.
+
+        A price of noise finds the best placements where gains and noise differ from node to node, and jumps
+        from all to nothing where they do not: then a part of the nodes is what is looked for.
+        """
+        parts = (self._part(names, noise, most) for names in self._orders(noise))
+        found = (self._at_a_price(noise, most), *(self._within(part, noise) for part in parts))
+        return min(found, key=lambda placement: (placement.ms, placement.noise))
+
+    def _within(self, part: set[str], noise: Mapping[str, float]) -> Placement:
+        """The fastest placement that leaves all but these nodes in float."""
+        found = place(self.model, part, self.costs, noise)
+        left = {name: noisy(noise.get(name, 0.0)) for name in self.able - part}
+        return replace(found, floats={**left, **found.floats})
+
+    def _at_a_price(self, noise: Mapping[str, float], most: float) -> Placement:
+        low, high = -12.0, 12.0  # decades of milliseconds
+        best = place(self.model, self.able, self.costs, noise, 10**high)
         while high - low > 0.25:
             middle = (low + high) / 2
-            found = self.at(noise, 10**middle)
+            found = place(self.model, self.able, self.costs, noise, 10**middle)
             if found.noise <= most:
                 best, high = found, middle
             else:
                 low = middle
         return best
+
+    def _orders(self, noise: Mapping[str, float]) -> tuple[list[str], ...]:
+        """The nodes from the first on, from the last on, and from that on which gains most for its noise."""
+        names = [n.outputs[0].name or "" for n in self.model.graph if n.outputs]
+        able = [name for name in names if name in self.able]
+        costs = self.costs
+        gain = {n: costs.in_float.get(n, 0.0) - costs.in_int8.get(n, 0.0) for n in able}
+        return able, able[::-1], sorted(able, key=lambda n: noise.get(n, 0.0) / max(gain[n], _NO_GAIN))
+
+    def _part(self, names: list[str], noise: Mapping[str, float], most: float) -> set[str]:
+        """As many of the nodes, in this order, as add no more noise than `most`."""
+        total = np.cumsum([max(noise.get(name, 0.0), 0.0) for name in names])
+        return set(names[: int(np.searchsorted(total, most, side="right"))])
 
 
 def find_placement(

@@ -54,7 +54,7 @@ _HEAD = """\
 #   integer     the same for operators that only move or cut elements, which are given the integers
 #   folded      a Relu or Clip that vanishes, for the grid ends where it cuts
 #   float       stays as it is
-# To keep a node in float, set its form to float and remove the entries of values that nothing else needs.
+# To keep a node in float, set its form to float. Entries that nothing reads any more do no harm.
 # `model` is the fingerprint of the model the plan was made for: it fits no other.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +10,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from edgewise.passes.base import Refused, bodies_of
+from edgewise.passes.base import bodies_of
 from edgewise.passes.graph import constant_of
-from edgewise.passes.infer_shapes import infer_shapes
+from edgewise.passes.infer_shapes import InferShapes
 
 State = Mapping[str, Any]
 
@@ -44,7 +43,8 @@ def in_stages(model: ir.Model, count: int, together: Sequence[Sequence[str]]) ->
     A group holds the first outputs of nodes that stay in one stage. Between groups the model is cut where
     the values that are alive there are smallest.
     """
-    model = _with_shapes(model)
+    model = model.clone()
+    InferShapes().apply(model)
     life = _Life(tuple(model.graph), frozenset(v.name or "" for v in model.graph.outputs))
     places = [0, *life.places(count, together), len(life.order)]
     return tuple(
@@ -52,13 +52,6 @@ def in_stages(model: ir.Model, count: int, together: Sequence[Sequence[str]]) ->
         for first, last in itertools.pairwise(places)
         if (stage := life.stage(model, first, last)) is not None
     )
-
-
-def _with_shapes(model: ir.Model) -> ir.Model:
-    shaped = model.clone()
-    with contextlib.suppress(Refused):  # then shapes are those that the file declares
-        infer_shapes(shaped)
-    return shaped
 
 
 class _Life:

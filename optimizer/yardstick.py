@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgewise.calibration.data import Samples
-from edgewise.optimizer.comparison import decibels
+from edgewise.calibration.noise import decibels
 from edgewise.optimizer.metrics import Array, noise_share, run_all
 
 _SQUASHING = frozenset({"Softmax", "LogSoftmax"})

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, get_type_hints
@@ -97,6 +97,17 @@ def _fits(value: object, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def attempted(edits: Iterable[Callable[[], bool]]) -> Outcome:
+    """How many of these edits were made, one after the other, and why the others were refused."""
+    done, refused = 0, Counter[str]()
+    for edit in edits:
+        try:
+            done += edit()
+        except Refused as refusal:
+            refused[str(refusal)] += 1
+    return Outcome(done, MappingProxyType(dict(refused)))
 
 
 def graphs_of(model: ir.Model) -> list[ir.Graph]:

@@ -93,8 +93,9 @@ class _Balance:
         for term in self._terms(group):
             live = np.isfinite(term.orders)
             labels, orders = term.labels[live], term.orders[live]
-            np.add.at(total, labels, -term.sign * term.pull * (orders - orders.mean()))
-            np.add.at(pull, labels, term.pull)
+            if labels.size:
+                np.add.at(total, labels, -term.sign * term.pull * (orders - orders.mean()))
+                np.add.at(pull, labels, term.pull)
         move = np.divide(total, pull, out=np.zeros_like(total), where=pull > 0)
         now, (least, most) = self._wishes[group], self._graph.caps[group]
         self._wishes[group] = np.clip(now + move, least, most)

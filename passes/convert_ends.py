@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from types import MappingProxyType
+from functools import partial
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from edgewise.passes.base import Contract, Outcome, Pass, Refused
+from edgewise.passes.base import Contract, Outcome, Pass, Refused, attempted
 from edgewise.passes.graph import attribute, replace
 
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -30,15 +29,8 @@ class ConvertEnds(Pass):
     keeps_signature: ClassVar[bool] = False
 
     def apply(self, model: ir.Model) -> Outcome:
-        edits, refused = 0, Counter[str]()
-        ends = [(_convert_input, v) for v in model.graph.inputs]
-        ends += [(_convert_output, v) for v in model.graph.outputs]
-        for convert, value in ends:
-            try:
-                edits += convert(value)
-            except Refused as refusal:
-                refused[str(refusal)] += 1
-        return Outcome(edits, MappingProxyType(dict(refused)))
+        inputs = [partial(_convert_input, v) for v in model.graph.inputs]
+        return attempted([*inputs, *(partial(_convert_output, v) for v in model.graph.outputs)])
 
 
 def _convert_input(value: ir.Value) -> bool:

@@ -34,7 +34,6 @@ _KINDS: Mapping[str, tuple[ir.DataType, type]] = MappingProxyType(
     }
 )
 _LOSS = 0.01  # of a constant's largest element, that its rounding may move any of them
-_LARGEST_HALF = 65504.0
 _COARSE = frozenset(
     {"CumSum", "Exp", "GridSample", "NonMaxSuppression", "Pow", "Range", "ReduceL2", "ReduceLogSum"}
     | {"ReduceLogSumExp", "ReduceProd", "ReduceSum", "ReduceSumSquare", "RoiAlign", "Softplus"}
@@ -169,7 +168,7 @@ class _Choice:
 
 def _overflows(array: Array) -> bool:
     """Whether float16 makes an infinity of a finite number."""
-    return bool(np.any(np.isfinite(array) & (np.abs(array) > _LARGEST_HALF)))
+    return bool(np.any(np.isfinite(array) & (np.abs(array) > float(np.finfo(np.float16).max))))
 
 
 def _vanishes(array: Array, *, each: bool) -> bool:

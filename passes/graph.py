@@ -10,9 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from edgewise.passes.base import Refused, bodies_of
+from edgewise.passes.base import Refused, bodies_of, graphs_of
 
 Array = npt.NDArray[Any]
+
+MICROSOFT = "com.microsoft"
+"""The domain of onnxruntime's own operators."""
 
 _DTYPES_OF_CONSTANT = MappingProxyType(
     {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
@@ -23,6 +26,12 @@ _NAMES = "edgewise.names"  # where a graph keeps the names in and below it: a wa
 def opset(model: ir.Model) -> int:
     """The version of the default operator set the model imports."""
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
+
+
+def import_microsoft(model: ir.Model) -> None:
+    """Declare the version of onnxruntime's own operators in a model that has come to hold any."""
+    if any(node.domain == MICROSOFT for graph in graphs_of(model) for node in graph):
+        model.opset_imports.setdefault(MICROSOFT, 1)
 
 
 def constant_of(value: ir.Value | None) -> Array | None:

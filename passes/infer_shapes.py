@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -53,8 +52,7 @@ def shapes_on(model: ir.Model, inputs: Mapping[str, tuple[int, ...]]) -> dict[st
             value.shape = ir.Shape(shape)
     values = [v for node in sized.graph for v in node.outputs]
     sized.graph.outputs.clear()  # they would keep the open dimensions that they declare
-    with contextlib.suppress(Refused):  # then shapes are those that the file declares
-        infer_shapes(sized)
+    InferShapes().apply(sized)  # where that is refused, shapes are those that the file declares
     shapes = {v.name or "": static_shape(v) for v in (*sized.graph.inputs, *values)}
     return {name: shape for name, shape in shapes.items() if shape is not None}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +25,9 @@ LIMITS: Mapping[str, tuple[int, int]] = MappingProxyType(
 
 FORMS = ("int8", "integer", "folded", "float")
 """What becomes of a node, see `NodePlan`."""
+
+NEIGHBOURS = "its neighbours are in float"
+"""Why a node stays in float that gains nothing from int8 alone: never the first cause."""
 
 SMALLEST, LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 """The scales that float32 holds in full."""
@@ -92,7 +95,8 @@ class QuantPlan:
         """Why no node of a model can be int8, in words for people."""
         if "already quantized" in self.reasons:
             return "the model is already quantized: start from the float model it was made from"
-        reason = next(iter(self.reasons), "it has no nodes")
+        causes = [why for why in self.reasons if why != NEIGHBOURS] or [*self.reasons, "it has no nodes"]
+        reason = causes[0]
         return f"none of its operators can be int8; most often because: {reason}"
 
     def rows(self) -> tuple[tuple[str, ...], ...]:
@@ -126,7 +130,7 @@ class QuantPlan:
             raise InputError("a quantization plan has the keys target, values and nodes")
         try:
             values = tuple(_value(v) for v in data.get("values") or ())
-            nodes = tuple(NodePlan(**n) for n in data.get("nodes") or ())
+            nodes = tuple(NodePlan(**_known(n, NodePlan)) for n in data.get("nodes") or ())
         except (TypeError, ValueError) as error:
             raise InputError(f"the quantization plan cannot be read: {error}") from error
         plan = cls(str(data.get("target", "")), values, nodes)
@@ -183,7 +187,18 @@ def _value(entry: Mapping[str, Any]) -> ValuePlan:
     """An entry as it is read; one scale may be written without a list."""
     scale = entry.get("scale", ())
     numbers = scale if isinstance(scale, list | tuple) else [scale]
-    return ValuePlan(**{**entry, "scale": tuple(float(s) for s in numbers)})
+    return ValuePlan(**{**_known(entry, ValuePlan), "scale": tuple(float(s) for s in numbers)})
+
+
+def _known(entry: Mapping[str, Any], kind: type[ValuePlan | NodePlan]) -> Mapping[str, Any]:
+    """An entry that has the keys it needs, and no others."""
+    known = fields(kind)
+    name = str(entry.get(known[0].name))
+    if unknown := [key for key in entry if key not in {f.name for f in known}]:
+        raise InputError(f"plan of {name!r}: {unknown[0]!r} means nothing there: remove it")
+    if missing := [f.name for f in known if f.default is MISSING and f.name not in entry]:
+        raise InputError(f"plan of {name!r}: its {missing[0]} is missing: add it")
+    return entry
 
 
 def _entry(item: ValuePlan | NodePlan) -> dict[str, Any]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from edgewise.passes.base import Contract, Outcome, Pass, Refused, graphs_of
+from edgewise.passes.base import Contract, Outcome, Pass, Refused, attempted, graphs_of
 from edgewise.passes.graph import (
+    MICROSOFT,
     Array,
     attribute,
     constant_of,
+    import_microsoft,
     new_initializer,
     new_node,
     replace,
@@ -23,7 +25,6 @@ from edgewise.passes.graph import (
 from edgewise.passes.graph import opset as opset_of
 from edgewise.passes.weight_grids import around_128
 
-DOMAIN = "com.microsoft"
 _FIRST_OPSET = 11  # that has DynamicQuantizeLinear
 _MATRIX, _RECURRENT = 2**16, 2**17  # weights from which integers pay
 _NARROW = 128  # columns of a matrix
@@ -44,12 +45,10 @@ class QuantizeDynamic(Pass):
     (DynamicQuantizeMatMul, or MatMulIntegerToFloat where the integers are shared).
 
     Weights have a scale w for each output channel, and are uint8 with zero point 128: on x86 without
-    VNNI the kernels for int8 weights add pairs of products in saturating 16 bits (30 instead of 40 dB
-    on normal weights, 15 instead of 40 in an LSTM); those for uint8 add in 32.
+    VNNI the kernels for int8 weights add pairs of products in saturating 16 bits, those for uint8 in 32.
 
-    Small layers stay in float. Time over that of float, one thread, AVX2: 1.1 to 1.3 for 64 x 64 and for
-    16 columns, 1.0 to 1.1 for 512 x 64, 0.85 to 1.0 for 256 x 256, 0.65 for 1024 x 1024; an LSTM 1.0 to
-    1.1 with 64 units, 0.8 to 0.95 with 128, 0.45 with 512. `everything` takes them too, for the size.
+    Small layers stay in float: finding the grid costs what the product gains. `everything` takes them too,
+    for the size.
     """
 
     everything: bool = False
@@ -58,17 +57,10 @@ class QuantizeDynamic(Pass):
     contract: ClassVar[Contract] = Contract.LOSSY
 
     def apply(self, model: ir.Model) -> Outcome:
-        edits, refused = 0, Counter[str]()
-        for graph in graphs_of(model):
-            editor = _Editor(graph, self.everything, opset_of(model))
-            for node in [n for n in graph if n.domain == "" and n.op_type in ("MatMul", "Gemm", "LSTM")]:
-                try:
-                    edits += editor.rewrite(node)
-                except Refused as refusal:
-                    refused[str(refusal)] += 1
-        if any(n.domain == DOMAIN for graph in graphs_of(model) for n in graph):
-            model.opset_imports.setdefault(DOMAIN, 1)
-        return Outcome(edits, MappingProxyType(dict(refused)))
+        editors = [_Editor(graph, self.everything, opset_of(model)) for graph in graphs_of(model)]
+        outcome = attempted(edit for editor in editors for edit in editor.edits())
+        import_microsoft(model)
+        return outcome
 
 
 @dataclass
@@ -81,7 +73,11 @@ class _Editor:
     grids: dict[ir.Value, tuple[ir.Value, ...]] = field(default_factory=dict)
     stored: dict[tuple[ir.Value, bool, float], tuple[ir.Value, ir.Value]] = field(default_factory=dict)
 
-    def rewrite(self, node: ir.Node) -> bool:
+    def edits(self) -> Iterator[Callable[[], bool]]:
+        for node in [n for n in self.graph if n.domain == "" and n.op_type in ("MatMul", "Gemm", "LSTM")]:
+            yield partial(self._rewrite, node)
+
+    def _rewrite(self, node: ir.Node) -> bool:
         if node.op_type == "LSTM":
             return self._lstm(node)
         weight = weights_of_product(node)
@@ -170,7 +166,7 @@ class _Editor:
                 new_initializer(self.graph, f"{name}.zero_point", zero_point[:, 0]),
             ]
         attributes = [a for key, a in node.attributes.items() if key != "layout"]
-        twin = ir.Node(DOMAIN, "DynamicQuantizeLSTM", inputs, attributes, num_outputs=len(node.outputs))
+        twin = ir.Node(MICROSOFT, "DynamicQuantizeLSTM", inputs, attributes, num_outputs=len(node.outputs))
         self.graph.insert_before(node, twin)
         for old, new in zip(node.outputs, twin.outputs, strict=True):
             new.name, new.type, new.shape = "", old.type, old.shape

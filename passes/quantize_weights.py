@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from edgewise.passes.base import Contract, Outcome, Pass, PassError, Refused, graphs_of
+from edgewise.passes.base import Contract, Outcome, PassError, Refused, Rule
 from edgewise.passes.graph import (
+    MICROSOFT,
     Array,
     graph_of,
+    import_microsoft,
     new_initializer,
     new_node,
     opset,
     replace,
 )
-from edgewise.passes.quantize_dynamic import DOMAIN, pays, weights_of_product
+from edgewise.passes.quantize_dynamic import pays, weights_of_product
 from edgewise.passes.weight_grids import in_blocks, packed
 
 _BITS, _BLOCKS = (4, 8), (16, 32, 64, 128)
@@ -31,7 +31,7 @@ _IN_INTEGERS, _IN_FLOATS = 4, 0  # accuracy levels: what the kernel multiplies i
 
 
 @dataclass(frozen=True)
-class QuantizeWeights(Pass):
+class QuantizeWeights(Rule):
     """Store the constant matrix of a product in blocks along k, each with a scale and a zero point.
 
     Given:   y = MatMul(x, W)  or  Gemm(x, W, b)           W constant
@@ -40,11 +40,10 @@ class QuantizeWeights(Pass):
              y = MatMul(x, DequantizeLinear(W', s, z, axis 0, block_size)) (+ b)
     which onnxruntime turns into MatMulNBits when it loads the file, as fast.
 
-    It pays where few rows are multiplied at a time, because reading weights is what takes the time then:
-    with 1 row and 1024 x 1024, 4 bits take 0.3 and 8 bits 0.5 to 0.7 of the time in float (AVX2, one
-    thread). With 64 rows and more, 4 bits take 1.0 to 1.1, and 8 bits 1.5 to 1.9. So where the rows are
-    known to be many, 8 bits are refused, and 4 bits are multiplied in floats (accuracy level 0) and not
-    in integers (level 4). `everything` takes small matrices and many rows too, for the size.
+    It pays where few rows are multiplied at a time, because reading weights is what takes the time then.
+    So where the rows are known to be many, 8 bits are refused, and 4 bits are multiplied in floats
+    (accuracy level 0) and not in integers (level 4). `everything` takes small matrices and many rows too,
+    for the size.
     """
 
     bits: int = 4
@@ -54,6 +53,7 @@ class QuantizeWeights(Pass):
 
     name: ClassVar[str] = "quantize-weights"
     contract: ClassVar[Contract] = Contract.LOSSY
+    op_types: ClassVar[tuple[str, ...]] = ("MatMul", "Gemm")
 
     def __post_init__(self) -> None:
         if self.bits not in _BITS or self.block not in _BLOCKS:
@@ -62,18 +62,11 @@ class QuantizeWeights(Pass):
     def apply(self, model: ir.Model) -> Outcome:
         if self.standard and opset(model) < _FIRST_OPSET:
             raise PassError(f"blocks need opset {_FIRST_OPSET}, the model has {opset(model)}: upgrade it")
-        edits, refused = 0, Counter[str]()
-        for graph in graphs_of(model):
-            for node in [n for n in graph if n.domain == "" and n.op_type in ("MatMul", "Gemm")]:
-                try:
-                    edits += self._rewrite(node)
-                except Refused as refusal:
-                    refused[str(refusal)] += 1
-        if edits and not self.standard:
-            model.opset_imports.setdefault(DOMAIN, 1)
-        return Outcome(edits, MappingProxyType(dict(refused)))
+        outcome = super().apply(model)
+        import_microsoft(model)
+        return outcome
 
-    def _rewrite(self, node: ir.Node) -> bool:
+    def rewrite(self, node: ir.Node) -> bool:
         weight = weights_of_product(node)
         if weight is None:
             return False
@@ -106,7 +99,7 @@ class QuantizeWeights(Pass):
         constants = self._constants(node, integers, scale, zero_point)
         hint = f"{node.outputs[0].name}.product"
         return new_node(
-            node, "MatMulNBits", [node.inputs[0], *constants], attributes, hint=hint, domain=DOMAIN
+            node, "MatMulNBits", [node.inputs[0], *constants], attributes, hint=hint, domain=MICROSOFT
         )
 
     def _standard(self, node: ir.Node, weight: Array) -> ir.Value:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from edgewise.passes.base import Contract, Outcome, Pass, Refused, graphs_of
+from edgewise.passes.base import Contract, Outcome, Pass, Refused, attempted, graphs_of
 from edgewise.passes.graph import Array, attribute, drop_unused_initializer, new_initializer, new_node
 from edgewise.passes.weight_grids import symmetric
 
 _FEWEST = 1024  # elements, below which two more nodes and the scales take what is saved
-_LARGEST_HALF = 65504.0
 _LAYERS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN", "Gather"})
 
 
@@ -29,9 +27,9 @@ class StoreWeights(Pass):
              y = Conv(x, Cast(W'), b)                   16 bits
 
     Cast and Mul of constants are computed once, when the file is loaded, by onnxruntime and most other
-    runtimes: then the layers are as fast as before. DequantizeLinear in their place is computed at every
-    run, and keeps a Conv off its fast layout (1.4 times the time). For the same reason this has to be the
-    last pass: folding constants undoes it.
+    runtimes: then the layers are about as fast as before. DequantizeLinear in their place is computed at
+    every run, and keeps a Conv off its fast layout. For the same reason this has to be the last pass:
+    folding constants undoes it.
     """
 
     bits: int = 8
@@ -44,32 +42,19 @@ class StoreWeights(Pass):
             raise ValueError(f"{self.name}: bits is one of (8, 16)")
 
     def apply(self, model: ir.Model) -> Outcome:
-        edits, refused = 0, Counter[str]()
-        for graph in graphs_of(model):
-            for value, array in list(_large_floats(graph)):
-                try:
-                    self._store(graph, value, array)
-                    edits += 1
-                except Refused as refusal:
-                    refused[str(refusal)] += 1
-        return Outcome(edits, MappingProxyType(dict(refused)))
+        return attempted(
+            partial(self._store, graph, value, array)
+            for graph in graphs_of(model)
+            for value, array in list(_large_floats(graph))
+        )
 
-    def _store(self, graph: ir.Graph, value: ir.Value, array: Array) -> None:
-        uses = value.uses()
-        if value.is_graph_input() or value.is_graph_output():
-            raise Refused("weight is an input or an output")
-        if not uses or any(use.node.domain != "" or use.node.op_type not in _LAYERS for use in uses):
-            raise Refused("a reader is no layer")
-        largest = float(np.abs(array).max())
-        if not np.isfinite(largest):
-            raise Refused("weight is NaN or infinite")
-        if self.bits == 16 and largest > _LARGEST_HALF:
-            raise Refused("weight exceeds float16")
+    def _store(self, graph: ir.Graph, value: ir.Value, array: Array) -> bool:
+        self._check(value, array)
         first = graph[0]
         if self.bits == 16:
             stored, factors = array.astype(np.float16), None
         else:
-            channels = _channel_axis([use.node for use in uses], array.ndim)
+            channels = _channel_axis([use.node for use in value.uses()], array.ndim)
             stored, factors = symmetric(array, tuple(a for a in range(array.ndim) if a != channels))
         small = new_initializer(graph, f"{value.name}.stored", stored)
         floats = new_node(first, "Cast", [small], {"to": ir.DataType.FLOAT}, hint=f"{value.name}.floats")
@@ -80,6 +65,19 @@ class StoreWeights(Pass):
             floats.shape = value.shape
         value.replace_all_uses_with(floats)
         drop_unused_initializer(value)
+        return True
+
+    def _check(self, value: ir.Value, array: Array) -> None:
+        uses = value.uses()
+        if value.is_graph_input() or value.is_graph_output():
+            raise Refused("weight is an input or an output")
+        if not uses or any(use.node.domain != "" or use.node.op_type not in _LAYERS for use in uses):
+            raise Refused("a reader is no layer")
+        largest = float(np.abs(array).max())
+        if not np.isfinite(largest):
+            raise Refused("weight is NaN or infinite")
+        if self.bits == 16 and largest > float(np.finfo(np.float16).max):
+            raise Refused("weight exceeds float16")
 
 
 def _large_floats(graph: ir.Graph) -> Iterator[tuple[ir.Value, Array]]:

