@@ -137,7 +137,8 @@ def _quantized(
     )
     if options.format == "qoperator" and found.model is not None:
         made = made.plus(INT8, run_step(found.model, ToQOperator(), reference, judge=judge))
-    if options.format == "auto" and judge is not None and _is_of_products(exact):
+    is_rival = options.format == "auto" and recipe.benchmark is not None and _is_of_products(exact)
+    if is_rival and judge is not None:
         made = made.plus(DYNAMIC, run_step(exact, QuantizeDynamic(), reference, judge=judge))
     if recipe.objective != "latency" and judge is not None:
         source = made.models.get(INT8, exact)

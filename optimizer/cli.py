@@ -12,8 +12,9 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -182,6 +183,14 @@ Portable = Annotated[
         metavar="WHEN", help="Keep int8 from saturating on x86 without VNNI: auto (default), on or off."
     ),
 ]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="auto, qdq, qoperator, dynamic, int8-weights, int4-weights, float16 or bfloat16.",
+    ),
+]
 Fast = Annotated[bool, typer.Option("--fast", help="No searches: the target's rules and a short benchmark.")]
 NoBenchmark = Annotated[
     bool, typer.Option("--no-benchmark", help="Do not measure the latency: the target's rules place int8.")
@@ -203,15 +212,16 @@ def _recipe(
     preprocess: str | None = None,
     benchmark: bool = True,
     fast: bool = False,
-    portable: str | None = None,
+    quantize: Mapping[str, str | None] = MappingProxyType({}),
     **options: Any,
 ) -> Recipe:
     """The recipe of the file, or the default one, with the options of the command line over it."""
     from edgewise.optimizer.recipe import Recipe, load_recipe
 
     recipe = load_recipe(path) if path else Recipe()
-    if portable is not None and recipe.quantize is not None:
-        options["quantize"] = {**recipe.quantize.model_dump(), "portable": portable}
+    chosen = {key: value for key, value in quantize.items() if value is not None}
+    if chosen and recipe.quantize is not None:
+        options["quantize"] = {**recipe.quantize.model_dump(), **chosen}
     recipe = recipe.with_options(preprocess=_preprocess(preprocess), **options)
     recipe = recipe.fast() if fast else recipe
     return recipe if benchmark else recipe.model_copy(update={"benchmark": None})
@@ -312,6 +322,7 @@ def optimize(
     metric: MetricName = None,
     max_drop: MaxDrop = None,
     objective: Objective = None,
+    format_: Format = None,
     portable: Portable = None,
     fast: Fast = False,
     target: Target = None,
@@ -343,7 +354,7 @@ def optimize(
         metric=metric,
         max_drop=max_drop,
         objective=objective,
-        portable=portable,
+        quantize={"format": format_, "portable": portable},
         fast=fast,
         target=target,
         threads=threads,
@@ -471,9 +482,10 @@ def plan(
     force: Force = False,
     json_file: Json = None,
 ) -> None:
-    """Write how the target's rules would quantize MODEL, to be edited.
+    """Write how rules would quantize MODEL, to be edited.
 
-    The file is for quantize --plan. The exact passes run first, as in quantize; nothing is timed.
+    The rules are the target's, and the file is for quantize --plan. The exact passes run first, as in
+    quantize; nothing is timed.
     """
     from edgewise.optimizer.console import progress_bars
     from edgewise.optimizer.plan_files import make_plan as job
@@ -498,6 +510,7 @@ def quantize(
     metric: MetricName = None,
     max_drop: MaxDrop = None,
     objective: Objective = None,
+    format_: Format = None,
     portable: Portable = None,
     fast: Fast = False,
     target: Target = None,
@@ -511,7 +524,8 @@ def quantize(
     """Write MODEL in int8, as far as that pays.
 
     It is never slower than before, and the metric falls by no more than --max-drop. The exact passes run
-    first; a recipe with fewer passes says otherwise.
+    first; a recipe with fewer passes says otherwise. An interrupted run does not calibrate again when the
+    same command is given.
     """
     from edgewise.optimizer import quantize as job
     from edgewise.optimizer.console import progress_bars
@@ -523,7 +537,7 @@ def quantize(
         metric=metric,
         max_drop=max_drop,
         objective=objective,
-        portable=portable,
+        quantize={"format": format_, "portable": portable},
         fast=fast,
         target=target,
         threads=threads,

@@ -25,7 +25,7 @@ from edgewise.calibration.sharding import Task
 from edgewise.calibration.table import CalibrationTable
 from edgewise.calibration.target import target_of
 from edgewise.optimizer import files
-from edgewise.optimizer.candidates import Given
+from edgewise.optimizer.candidates import FORMATS, Given
 from edgewise.optimizer.choice import INPUT, choose
 from edgewise.optimizer.comparison import Difference, differences
 from edgewise.optimizer.inputs import RANDOM, as_samples, check_inputs
@@ -263,13 +263,15 @@ def quantize(
 
     The ranges come from `table`, which `calibrate` wrote, or from `data`; samples that do not calibrate
     judge. A `plan` says what becomes of every node and value. Where nothing wins, the model is written in
-    float, and the report says why. Raises `InputError` on input that cannot be used, `EdgewiseError` if
+    float, and the report says why. An interrupted run leaves its table in `output` + ".table.part", and the
+    same call goes on from there. Raises `InputError` on input that cannot be used, `EdgewiseError` if
     nothing in the model can be int8.
     """
-    if data is None and table is None and plan is None:
-        raise InputError("int8 needs the ranges of values: pass samples with --data, or a table with --table")
     recipe = recipe or Recipe()
     recipe = recipe.model_copy(update={"quantize": recipe.quantize or Quantize()})
+    assert recipe.quantize is not None
+    if data is None and table is None and plan is None and recipe.quantize.format not in FORMATS:
+        raise InputError("int8 needs the ranges of values: pass samples with --data, or a table with --table")
     ranges = None if table is None else CalibrationTable.load(table)
     given = Given(ranges, None if plan is None else Path(plan), int8=True)
     return run_job(
