@@ -17,7 +17,7 @@ from edgewise.calibration.findings import broken, findings, strangers
 from edgewise.calibration.placement import Costs, is_noisy
 from edgewise.calibration.plan import observed_values, plan
 from edgewise.calibration.table import CalibrationTable
-from edgewise.calibration.target import X86_VNNI, target_of
+from edgewise.calibration.target import X86_VNNI, Target, target_of
 from edgewise.optimizer.judge import Judge
 from edgewise.optimizer.ladder import (
     Attempt,
@@ -45,7 +45,7 @@ _MOST_KEPT_BACK = 32
 _BATCH = 8
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
 _MOST_ASKED = 16  # samples that sensitivity is measured on
-_RETREATS = 4  # each leaves a quarter of the noise that int8 may add
+_RETREATS = (1 / 2, 1 / 4, 1 / 16, 1 / 64)  # of the noise of the fastest placement
 _SLOWER = "every node is faster in float on this target"
 
 
@@ -134,7 +134,6 @@ def plan_only(
         if not chosen.quantized:
             return Int8(None, chosen, model, table, (), chosen.why_nothing)
     made, step = run_step(model, InsertQdq(chosen), reference, judge=judge)
-    step = dataclasses.replace(step, step=InsertQdq.name)
     return Int8(made if step.status == "applied" else None, chosen, model, table, (step,), _why(step))
 
 
@@ -179,7 +178,7 @@ def find_int8(
         return Int8(None, best.plan, model, table, (), why, notes=told)
     best, climbed = climb(ground, best)
     steps = (step, *climbed)
-    placer = _placer(ground, best, parts.choose, recipe) if timed else _unmeasured(best)
+    placer = _placer(ground, best, target, parts.choose, recipe) if timed else _unmeasured(best)
     if not placer.able - placer.floats.keys():
         return Int8(None, best.plan, best.model, best.table, steps, _SLOWER, notes=told)
     result = _within_bound(ground, best, placer, judge, steps)
@@ -193,11 +192,15 @@ def _strangers(ground: Ground, model: ir.Model, table: CalibrationTable, judge: 
     return strangers(table, collect(model, few, values, threads=ground.threads)) if values else ()
 
 
-def _placer(ground: Ground, best: Attempt, samples: Samples, recipe: Recipe) -> Placer:
+def _placer(ground: Ground, best: Attempt, rules: Target, samples: Samples, recipe: Recipe) -> Placer:
+    options = dataclasses.replace(ground.options.options, method=best.method)
+    by_rule = plan(best.model, best.table, options, rules).nodes
+    able = {n.output for n in best.plan.quantized}
     with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
         return find_placement(
             best.model,
             lambda floats: _replanned(ground, best, floats).plan,
+            {n.output: n.why for n in by_rule if n.form == "float" and n.output in able},
             next(iter(samples)),
             recipe,
             Path(folder),
@@ -224,7 +227,7 @@ def _within_bound(
     """The first of the placements, the fastest first, that keeps the bound."""
     found: tuple[NodeSensitivity, ...] = ()
     for found, floats in _placements(ground, best, placer):
-        now = attempt(ground, best.model, best.table, best.method, floats)
+        now = attempt(ground, best.model, best.table, best.method, floats) if floats else best
         if not now.plan.quantized:
             break
         now, room, verdict = _with_room(ground, now, floats)
@@ -240,14 +243,14 @@ def _within_bound(
 def _placements(
     ground: Ground, best: Attempt, placer: Placer
 ) -> Iterator[tuple[tuple[NodeSensitivity, ...], Floats]]:
-    """The fastest placement, then the fastest with a quarter of its noise, and so on; with what was asked."""
+    """The fastest placement, then the fastest with half of its noise, and so on; with what was asked."""
     yield (), placer.floats
     whole = _replanned(ground, best, placer.floats).plan
     samples, progress = ground.yardstick.samples, ground.progress
     found = node_noise(best.model, whole, samples, threads=ground.threads, progress=progress)
     noise = {n.output: n.noise_share for n in found}
-    for retreat in range(1, _RETREATS + 1 if found else 0):
-        yield found, placer.within(noise, sum(noise.values()) / 4**retreat).floats
+    for share in _RETREATS if found else ():
+        yield found, placer.within(noise, share * sum(noise.values())).floats
 
 
 def _with_room(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -18,8 +20,9 @@ _COUNTING = ("top1", "agreement")
 class Judge:
     """Scores models on `samples` against the original and refuses those that lost too much.
 
-    `name` is a metric's name; without one the outputs and labels decide. A metric that counts samples
-    cannot see less than one of them, so at least one may be lost.
+    `name` is a metric's name; without one the outputs and labels decide. A metric that counts samples sees
+    whole ones only: what may be lost is rounded up to them. Where neither a metric was named nor labels are
+    at hand, twice as many answers may change as may get worse: one that was wrong before loses nothing.
     """
 
     def __init__(
@@ -30,7 +33,15 @@ class Judge:
         self._original = run_all(original, samples, threads=threads)
         self.metric = metric_named(name) if name else default_metric(self._original, samples.labels)
         self.before = self.metric.score(self._original, self._original, samples.labels)
-        self.allowed = max(max_drop, 1 / len(samples)) if self.metric.name in _COUNTING else max_drop
+        self.allowed = self._allowed(2 * max_drop if name is None and self._is_unlabelled else max_drop)
+
+    @property
+    def _is_unlabelled(self) -> bool:
+        return self.metric.name == "agreement"
+
+    def _allowed(self, drop: float) -> float:
+        count = len(self.samples)
+        return max(math.ceil(drop * count - 1e-9), 1) / count if self.metric.name in _COUNTING else drop
 
     def __call__(self, model: ir.Model) -> float:
         """The score of `model`; `BreachError` below the bound."""

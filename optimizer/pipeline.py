@@ -172,7 +172,7 @@ def _attempt(
             raise
         reason = f"defect in {step.name}: {type(bug).__name__}: {bug}"
     return StepReport(
-        step=step.spec,
+        step=step.label,
         contract=step.contract.value,
         status="rolled back" if reason else "applied" if edits else "no change",
         edits=edits,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ from edgewise.optimizer.recipe import Recipe
 from edgewise.passes.infer_shapes import shapes_on
 from edgewise.passes.insert_qdq import InsertQdq
 from edgewise.passes.quant_plan import QuantPlan
+from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.evaluate import Feed
+from edgewise.runtime.latency import measure
 from edgewise.runtime.profile import Profile
 from edgewise.runtime.profile_rounds import profile_in_turns
 
@@ -25,7 +27,9 @@ Floats = Mapping[str, str]
 PlanWith = Callable[[Floats], QuantPlan]
 """The plan in which these nodes stay in float, by first output and with the reason."""
 
+_STAGE = "time of every layer"
 _CORRECTIONS = 2
+_SECONDS = 5.0  # of the run that compares the placements
 _NO_GAIN = 1e-6  # ms
 
 
@@ -82,46 +86,74 @@ class Placer:
 
 
 def find_placement(
-    model: ir.Model, plan_with: PlanWith, feed: Feed, recipe: Recipe, folder: Path, progress: Progress
+    model: ir.Model,
+    plan_with: PlanWith,
+    rules: Floats,
+    feed: Feed,
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress,
 ) -> Placer:
     """Profile `model` and its int8 form, place, and correct the costs by what the placed model takes.
 
-    Of all that was run, the fastest is kept.
+    The placements that come of it are measured as wholes, beside everything in int8, what the target's
+    `rules` leave in float, and float: the fastest is kept.
     """
-    stage = "time of every layer"
-    progress(stage, 0, _CORRECTIONS + 1)
+    steps = _CORRECTIONS + 2
     bench = _Bench(feed, recipe, folder)
-    everything = plan_with({})
-    able = frozenset(n.output for n in everything.quantized)
-    whole, int8 = bench.save(model, "float"), InsertQdq(everything).on(model)
-    in_float, in_int8 = bench.profiles(whole, bench.save(int8, "int8"))
+    able = frozenset(n.output for n in plan_with({}).quantized)
+    progress(_STAGE, 0, steps)
+    plain = bench.add(dict.fromkeys(able, "faster in float"), model)
+    all_int8 = InsertQdq(plan_with({})).on(model)
+    in_float, in_int8 = bench.profiles(plain, bench.add({}, all_int8))
     shapes = shapes_on(model, {name: np.shape(array) for name, array in feed.items()})
-    costs = costs_of(model, in_float, in_int8, int8, {n: math.prod(s) for n, s in shapes.items()})
-    runs = {frozenset[str](): in_int8.nodes_ms, able: in_float.nodes_ms}
-    tried: dict[frozenset[str], Floats] = {frozenset(): {}, able: dict.fromkeys(able, "faster in float")}
+    costs = costs_of(model, in_float, in_int8, all_int8, {n: math.prod(s) for n, s in shapes.items()})
     for turn in range(_CORRECTIONS):
-        progress(stage, turn + 1, _CORRECTIONS + 1)
+        progress(_STAGE, turn + 1, steps)
         floats = place(model, able, costs).floats
-        if frozenset(floats) in runs:
+        if bench.knows(floats):
             break
         made = InsertQdq(plan_with(floats)).on(model)
-        (found,) = bench.profiles(bench.save(made, "placed"))
-        runs[frozenset(floats)], tried[frozenset(floats)] = found.nodes_ms, floats
+        (found,) = bench.profiles(bench.add(floats, made))
         costs = corrected(costs, model, floats, found, made, in_float)
-    progress(stage, _CORRECTIONS + 1, _CORRECTIONS + 1)
-    return Placer(model, able, costs, tried[min(runs, key=runs.__getitem__)])
+    if not bench.knows(rules):
+        bench.add(rules, InsertQdq(plan_with(rules)).on(model))
+    progress(_STAGE, steps - 1, steps)
+    fastest = bench.fastest()
+    progress(_STAGE, steps, steps)
+    return Placer(model, able, costs, fastest)
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """Where models are profiled."""
+    """Where placements are profiled and measured, each with the file that it made."""
 
     feed: Feed
     recipe: Recipe
     folder: Path
+    trials: dict[Path, Floats] = field(default_factory=dict)
 
-    def save(self, model: ir.Model, name: str) -> Path:
-        return files.save(model, self.folder / f"{name}.onnx", force=True)
+    def add(self, floats: Floats, made: ir.Model) -> Path:
+        """Save what a placement made."""
+        path = files.save(made, self.folder / f"{len(self.trials)}.onnx", force=True)
+        self.trials[path] = floats
+        return path
+
+    def knows(self, floats: Floats) -> bool:
+        return any(floats.keys() == known.keys() for known in self.trials.values())
 
     def profiles(self, *paths: Path) -> tuple[Profile, ...]:
         return profile_in_turns(paths, self.feed, provider=self.recipe.target, threads=self.recipe.threads)
+
+    def fastest(self) -> Floats:
+        """The placement whose file runs fastest, by one paired run."""
+        paths = {path.stem: path for path in self.trials}
+        report = measure(
+            paths,
+            feed=self.feed,
+            conditions=Conditions(provider=self.recipe.target, threads=self.recipe.threads),
+            max_seconds=_SECONDS,
+            seed=self.recipe.seed,
+        )
+        speed = {next(iter(paths)): 1.0} | {ratio.name: ratio.speedup for ratio in report.ratios}
+        return self.trials[paths[max(speed, key=speed.__getitem__)]]

@@ -22,7 +22,7 @@ from edgewise.runtime.errors import InputError
 
 TargetName = Literal["cpu", "cuda", "tensorrt", "openvino"]
 
-_FAST_SECONDS = 3.0
+_FAST_SECONDS = 5.0
 
 
 class _Frozen(BaseModel):

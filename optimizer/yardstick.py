@@ -72,8 +72,13 @@ def _scores(value: ir.Value) -> ir.Value | None:
 
 
 def _typical(expected: Array, actual: Array) -> float:
-    """The mean of the rows' decibels; a row of silence is held against a trace of the others' signal."""
+    """The mean of the rows' decibels; a row of silence is held against a trace of the others' signal.
+
+    Where the original gives NaN or infinity nothing can be compared.
+    """
     e, a = (array.astype(np.float64).reshape(len(array), -1) for array in (expected, actual))
+    known = np.isfinite(e)
+    e, a = np.where(known, e, 0.0), np.where(known, a, 0.0)
     signal, noise = np.square(e).sum(1), np.square(e - a).sum(1)
     if not np.isfinite(noise).all():
         return -math.inf

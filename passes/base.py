@@ -77,6 +77,11 @@ class Pass(ABC):
             return self.name
         return self.name + yaml.safe_dump(options, default_flow_style=True, width=2**31).strip()
 
+    @property
+    def label(self) -> str:
+        """What a report calls it."""
+        return self.spec
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Pass:
         """Build the pass from option values; `ValueError` names what does not fit."""

@@ -67,6 +67,11 @@ class InsertQdq(Pass):
         options = {"plan": self.plan.to_dict()}
         return self.name + yaml.safe_dump(options, default_flow_style=True, width=2**31).strip()
 
+    @property
+    def label(self) -> str:
+        """A plan fills pages."""
+        return self.name
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Pass:
         for key in options:

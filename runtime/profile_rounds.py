@@ -15,7 +15,7 @@ from edgewise.runtime.isolated import IsolatedModel, WorkerFailed, save_feed
 from edgewise.runtime.machine import cores_for
 from edgewise.runtime.profile import NodeTime, Profile
 
-_ROUNDS = 3  # a disturbance hits one of them
+_ROUNDS = 2  # a disturbance hits one of them
 _TURN_MS = 300.0
 _FIRST_RUNS, _LEAST_RUNS, _MOST_RUNS = 4, 4, 40
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -162,9 +163,25 @@ def profiled(clock: Clock) -> Callable[..., tuple[Profile, ...]]:
     return profile
 
 
+def measured(clock: Clock) -> Callable[..., SimpleNamespace]:
+    """A benchmark by which a file takes what its nodes take."""
+
+    def measure(paths: Mapping[str, Path], **_: object) -> SimpleNamespace:
+        profiles = profiled(clock)(list(paths.values()))
+        times = {name: p.nodes_ms for name, p in zip(paths, profiles, strict=True)}
+        first = next(iter(times.values()))
+        return SimpleNamespace(ratios=[SimpleNamespace(name=n, speedup=first / t) for n, t in times.items()])
+
+    return measure
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Clock], None]:
-    return lambda by: monkeypatch.setattr(placing, "profile_in_turns", profiled(by))
+    def tick(by: Clock) -> None:
+        monkeypatch.setattr(placing, "profile_in_turns", profiled(by))
+        monkeypatch.setattr(placing, "measure", measured(by))
+
+    return tick
 
 
 def test_what_is_slower_in_int8_stays_in_float(

@@ -40,6 +40,13 @@ def test_nan_is_the_worst_there_is(samples: Samples) -> None:
     assert Yardstick(scaled(PLAIN, 1.0), samples).decibels(scaled(PLAIN, math.nan)) == -math.inf
 
 
+def test_what_the_original_does_not_know_is_not_compared(samples: Samples) -> None:
+    """The logarithm of half of the numbers is NaN."""
+    text = "g (float[N, 8] x) => (float[N, 8] y) { l = Log(x) y = Mul(l, a) }"
+    ruler = Yardstick(build(text, a=np.float32([1.0])), samples)
+    assert ruler.decibels(build(text, a=np.float32([1.1]))) == pytest.approx(20, abs=1e-3)
+
+
 def test_behind_a_softmax_its_scores_count(samples: Samples) -> None:
     """Ten times the scores: the Softmax is nearly one-hot, and its noise would be that of few samples."""
     ruler = Yardstick(scaled(SCORES, 10.0), samples)
