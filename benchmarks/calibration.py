@@ -32,6 +32,7 @@ import onnx_ir as ir
 from edgewise.calibration.collect import collect
 from edgewise.calibration.plan import observed_values
 from edgewise.calibration.ranges import METHODS
+from edgewise.calibration.target import target_of
 from edgewise.passes import EXACT_CHAIN, parse
 from edgewise.runtime.evaluate import Evaluator, Feed, TensorSpec, input_specs
 from edgewise.runtime.worker import resident_bytes
@@ -71,7 +72,7 @@ def run_plain(path: Path, samples: Iterator[Feed]) -> None:
 
 def run_edgewise(path: Path, samples: Iterator[Feed], method: str) -> None:
     model = ir.load(path)
-    collect(model, samples, observed_values(model)).ranges(method)
+    collect(model, samples, observed_values(model, target=target_of("cpu"))).ranges(method)
 
 
 def run_peer(path: Path, samples: Iterator[Feed], method: str) -> None:

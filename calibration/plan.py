@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 Range = tuple[float, float]
 
 ANALYTIC: Mapping[str, Range] = MappingProxyType(
-    {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+    {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 )
 """Operators that fill a range that is known without a sample."""
 

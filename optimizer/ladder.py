@@ -97,7 +97,7 @@ def judged(ground: Ground, made: Attempt) -> Attempt:
 def calibrated(ground: Ground, model: ir.Model) -> CalibrationTable:
     """The table of `model` on the samples to learn from."""
     return calibrate_for_int8(
-        model, ground.samples, ground.options, threads=ground.threads, progress=ground.progress
+        model, ground.samples, ground.options, ground.target, threads=ground.threads, progress=ground.progress
     )
 
 
@@ -105,15 +105,16 @@ def calibrate_for_int8(
     model: ir.Model,
     samples: Samples,
     options: Quantize,
+    target: Target,
     *,
     threads: int | None,
     progress: Progress = no_progress,
 ) -> CalibrationTable:
-    """Observe every value whose range an int8 plan of `model` may need."""
+    """Observe every value whose range a plan of `model` for `target` may need."""
     return collect(
         model,
         samples,
-        observed_values(model, options.options),
+        observed_values(model, options.options, target),
         threads=threads,
         progress=lambda done: progress("calibrate", done, len(samples)),
     )
@@ -123,7 +124,7 @@ def calibrated_in(path: Path | None, ground: Ground, model: ir.Model) -> tuple[C
     """What `calibrated` gives, and notes; it is kept in `path`, from which an interrupted run goes on."""
     if path is None:
         return calibrated(ground, model), ()
-    values, total = observed_values(model, ground.options.options), len(ground.samples)
+    values, total = observed_values(model, ground.options.options, ground.target), len(ground.samples)
     return collect_in(
         path,
         Task(model, ground.samples, values, ground.threads, MEMORY),

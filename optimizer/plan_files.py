@@ -165,11 +165,14 @@ def make_plan(
     reference = Reference(start.adapted.model, start.feeds, threads=recipe.threads)
     exact, _ = run_passes(start.adapted.model, recipe.chain, reference, progress=progress)
     exact, _ = prepare(exact, options, reference, progress=progress)
+    target = target_of(recipe.target)
     if loaded is None:
         assert start.samples is not None
-        loaded = calibrate_for_int8(exact, start.samples, options, threads=recipe.threads, progress=progress)
+        loaded = calibrate_for_int8(
+            exact, start.samples, options, target, threads=recipe.threads, progress=progress
+        )
     chosen = dataclasses.replace(options.options, method=options.methods[0])
-    made = plan_int8(exact, loaded, chosen, target_of(recipe.target))
+    made = plan_int8(exact, loaded, chosen, target)
     if not made.quantized:
         raise EdgewiseError(f"{start.path} was not planned: {made.why_nothing}")
     save_plan(made, output, exact, force=force)
