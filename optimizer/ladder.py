@@ -124,7 +124,7 @@ def calibrated_in(path: Path | None, ground: Ground, model: ir.Model) -> tuple[C
     """What `calibrated` gives, and notes; it is kept in `path`, from which an interrupted run goes on."""
     if path is None:
         return calibrated(ground, model), ()
-    values, total = observed_values(model, ground.options.options, ground.target), len(ground.samples)
+    values, total = observed_values(model, ground.options.options), len(ground.samples)
     return collect_in(
         path,
         Task(model, ground.samples, values, ground.threads, MEMORY),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import settings
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The gate must not depend on luck; --hypothesis-profile=explore looks for examples that nobody saw yet.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -181,6 +181,7 @@ def test_nan_in_the_original_hides_no_error_elsewhere() -> None:
 def test_nan_that_int8_brings_is_refused(capsys: Capsys) -> None:
     """What is a little above zero in float is below it on the grid of the weights, and has no root."""
     save_net("a = MatMul(x, w) y = Sqrt(a)", w=square(1))
+    Path("recipe.yaml").write_text(f"{RECIPE}quantize: {{methods: [minmax], ladder: []}}\n")
     told = written(f"{QUANTIZE} --metric fidelity", capsys)
     assert "hold NaN or infinity where the original's do not" in told
     assert "QuantizeLinear" not in operators()

@@ -89,7 +89,7 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "zero point is no integer": ({"zero_point": 0.5}, "zero point 0.5"),
     "axis is no number": ({"axis": "rows"}, "axis 'rows'"),
     "many scales": ({"scale": [1.0, 2.0]}, "2 scales need an axis"),
-    "unknown key": ({"bits": 8}, "cannot be read"),
+    "unknown key": ({"bits": 8}, "'bits' means nothing there"),
 }
 
 
@@ -104,7 +104,7 @@ def test_node_that_means_nothing() -> None:
     entry = {"output": "y", "op_type": "Conv", "form": "int4"}
     with pytest.raises(InputError, match="form 'int4'"):
         QuantPlan.from_dict({"nodes": [entry]})
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="op_type is missing"):
         QuantPlan.from_dict({"nodes": [{"output": "y"}]})
     with pytest.raises(InputError, match="two entries for node 'y'"):
         QuantPlan.from_dict({"nodes": [entry | {"form": "int8"}, entry | {"form": "float"}]})
