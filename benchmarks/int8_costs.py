@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import calibration_cost
 import numpy as np
 import portable
 from corpus import Classifier
@@ -16,7 +17,6 @@ from int8_files import theirs
 from int8_jobs import Row, Setting
 from int8_nets import CALIBRATE, Net
 
-import calibration  # noqa: TID251 - the benchmark in this folder
 from edgewise.calibration.ranges import METHODS
 
 _FEW, _MANY = 16, 64
@@ -27,14 +27,14 @@ _RECIPES = ("QDQ u8s8 channel 7 bits", "QDQ u8u8 channel Percentile", "QDQ u8u8 
 
 def calibration_rows(net: Net, setting: Setting) -> list[Row]:
     """Time over plain inference and peak memory, for every method of edgewise's and of onnxruntime's."""
-    path = calibration.prepared(net.path, setting.folder)
-    plain = {count: calibration.measure(path, "plain", "", count) for count in (_FEW, _MANY)}
+    path = calibration_cost.prepared(net.path, setting.folder)
+    plain = {count: calibration_cost.measure(path, "plain", "", count) for count in (_FEW, _MANY)}
     runs = [("plain", "", _MANY), *(("edgewise", method, _MANY) for method in METHODS)]
-    runs += [("onnxruntime", method, _FEW) for method in calibration.PEERS]
+    runs += [("onnxruntime", method, _FEW) for method in calibration_cost.PEERS]
     rows: list[Row] = []
     for tool, method, more in runs:
-        few = calibration.measure(path, tool, method, _FEW)
-        many = few if more == _FEW else calibration.measure(path, tool, method, more)
+        few = calibration_cost.measure(path, tool, method, _FEW)
+        many = few if more == _FEW else calibration_cost.measure(path, tool, method, more)
         about = {"model": net.title or net.name, "tool": tool, "method": method, "samples": more}
         figures = {"x plain": many[0] / plain[more][0], "peak MB": many[1], f"peak MB at {_FEW}": few[1]}
         rows.append({**about, **figures})

@@ -101,10 +101,11 @@ def find_placement(
     """
     steps = _CORRECTIONS + 2
     bench = _Bench(feed, recipe, folder)
-    able = frozenset(n.output for n in plan_with({}).quantized)
+    everything = plan_with({})
+    able = frozenset(n.output for n in everything.quantized)
     progress(_STAGE, 0, steps)
     plain = bench.add(dict.fromkeys(able, "faster in float"), model)
-    all_int8 = InsertQdq(plan_with({})).on(model)
+    all_int8 = InsertQdq(everything).on(model)
     in_float, in_int8 = bench.profiles(plain, bench.add({}, all_int8))
     shapes = shapes_on(model, {name: np.shape(array) for name, array in feed.items()})
     costs = costs_of(model, in_float, in_int8, all_int8, {n: math.prod(s) for n, s in shapes.items()})

@@ -7,6 +7,7 @@ The times are onnxruntime's own, of the nodes it executes after its fusions and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections import Counter, defaultdict
@@ -215,28 +216,41 @@ def profile_isolated(
     `EdgewiseError` with the cause where there is no profile, `ProviderError` where the provider is not
     to be had.
     """
+    with profiler(feed, provider=provider, threads=threads, seed=seed, timeout=timeout) as ask:
+        return ask(path, runs)
+
+
+@contextlib.contextmanager
+def profiler(
+    feed: Feed | None, *, provider: str, threads: int | None, seed: int, timeout: float
+) -> Iterator[Callable[[Path, int | None], Profile]]:
+    """A process in which models are profiled one by one: called with a file and a number of runs."""
     cores = () if threads is None else cores_for(threads)
     with tempfile.TemporaryDirectory(prefix="edgewise-") as name:
         folder = Path(name)
-        inputs = None if feed is None else list(feed)
-        saved = save_feed(feed or {}, folder)
+        asked = {
+            "feed": str(save_feed(feed or {}, folder)),
+            "inputs": None if feed is None else list(feed),
+            "cores": cores,
+            "provider": provider,
+            "threads": threads,
+            "seed": seed,
+        }
         with IsolatedModel(folder / "log", threads=threads, timeout=timeout) as worker:
-            try:
-                worker.wait_until_ready()
-                reply = worker.ask(
-                    "profile",
-                    model=str(path),
-                    feed=str(saved),
-                    inputs=inputs,
-                    cores=cores,
-                    provider=provider,
-                    threads=threads,
-                    runs=runs,
-                    seed=seed,
-                )
-            except WorkerFailed as failure:
-                raise EdgewiseError(f"{path} could not be profiled: {failure}") from None
-    return Profile.from_dict(reply["profile"])
+            ready = False
+
+            def ask(path: Path, runs: int | None) -> Profile:
+                nonlocal ready
+                try:
+                    if not ready:
+                        worker.wait_until_ready()
+                        ready = True
+                    reply = worker.ask("profile", model=str(path), runs=runs, **asked)
+                except WorkerFailed as failure:
+                    raise EdgewiseError(f"{path} could not be profiled: {failure}") from None
+                return Profile.from_dict(reply["profile"])
+
+            yield ask
 
 
 def profile(

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from edgewise.runtime.errors import EdgewiseError
 from edgewise.runtime.evaluate import Feed
-from edgewise.runtime.isolated import IsolatedModel, WorkerFailed, save_feed
-from edgewise.runtime.machine import cores_for
-from edgewise.runtime.profile import NodeTime, Profile
+from edgewise.runtime.profile import NodeTime, Profile, profiler
 
 _ROUNDS = 2  # a disturbance hits one of them
 _TURN_MS = 300.0
@@ -34,34 +30,10 @@ def profile_in_turns(
     What disturbs a measurement only ever adds to it, and hits models alike that take turns. Raises as
     `edgewise.runtime.profile.profile_isolated` does.
     """
-    cores = () if threads is None else cores_for(threads)
-    with tempfile.TemporaryDirectory(prefix="edgewise-") as name:
-        folder = Path(name)
-        saved = save_feed(feed, folder)
-        with IsolatedModel(folder / "log", threads=threads, timeout=timeout) as worker:
-
-            def one(path: Path, runs: int) -> Profile:
-                reply = worker.ask(
-                    "profile",
-                    model=str(path),
-                    feed=str(saved),
-                    inputs=list(feed),
-                    cores=cores,
-                    provider=provider,
-                    threads=threads,
-                    runs=runs,
-                    seed=0,
-                )
-                return Profile.from_dict(reply["profile"])
-
-            try:
-                worker.wait_until_ready()
-                turns = [[one(path, _FIRST_RUNS) for path in paths]]
-                for _ in range(rounds - 1):
-                    turns.append([one(path, _runs(p)) for path, p in zip(paths, turns[0], strict=True)])
-            except WorkerFailed as failure:
-                names = ", ".join(map(str, paths))
-                raise EdgewiseError(f"{names} could not be profiled: {failure}") from None
+    with profiler(feed, provider=provider, threads=threads, seed=0, timeout=timeout) as ask:
+        turns = [[ask(path, _FIRST_RUNS) for path in paths]]
+        for _ in range(rounds - 1):
+            turns.append([ask(path, _runs(p)) for path, p in zip(paths, turns[0], strict=True)])
     return tuple(_least(same) for same in zip(*turns, strict=True))
 
 

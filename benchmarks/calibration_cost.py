@@ -1,6 +1,6 @@
 """Time and memory of calibration, beside plain inference and onnxruntime's own calibrators.
 
-    python benchmarks/calibration.py [MODEL.onnx | NETWORK ...] [--few 16] [--many 256] [--alone]
+    python benchmarks/calibration_cost.py [MODEL.onnx | NETWORK ...] [--few 16] [--many 256] [--alone]
 
 Without arguments: three models of the corpus that EDGEWISE_CORPUS names, and ResNet-50 with seeded weights; a
 NETWORK is one of `architectures.py`. Models go through the exact
