@@ -60,6 +60,12 @@ class ChannelGroup:
     blocks: tuple[Block, ...]
 
     @cached_property
+    def name(self) -> str:
+        """The first value that has the channels, and its axis: the same whenever the graph is read."""
+        slot = next((slot for slot in self.members if slot.use is None), next(iter(self.members)))
+        return f"{slot.value.name}[{slot.axis}]"
+
+    @cached_property
     def blocked(self) -> Mask:
         """The channels that can never leave, [size]."""
         mask = np.zeros(self.size, np.bool_)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("runtime", "passes", "calibration", "optimizer", "models")
+PACKAGES = ("runtime", "passes", "calibration", "training", "training/operators", "optimizer", "models")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""The ONNX graph with gradients: what a network can do without, and how it gets its accuracy back."""
