@@ -44,11 +44,17 @@ class Attempt:
 
 def attempt(python: str, rival: str, source: Path, out: Path) -> Attempt:
     """Run this file in the environment of `python`."""
-    command = [python, "-P", __file__, rival, str(source), str(out)]
+    return answer([python, "-P", __file__, rival, str(source), str(out)], _PATIENCE)
+
+
+def answer(command: list[str], patience: float) -> Attempt:
+    """What a peer's own process says in its last line of JSON, within so many seconds."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)
+    except OSError as error:
+        return Attempt(failure=str(error))
     except subprocess.TimeoutExpired:
-        return Attempt(failure=f"no result in {_PATIENCE:.0f} s")
+        return Attempt(failure=f"no result in {patience:.0f} s")
     if done.returncode < 0:
         return Attempt(failure=f"killed by signal {-done.returncode}")
     if done.returncode:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -60,6 +62,22 @@ class Cluster:
             self._ray.kill(worker)
         if self._started:
             self._ray.shutdown()
+
+
+@contextmanager
+def connected(address: str) -> Iterator[ModuleType]:
+    """Ray, connected to the cluster at `address`; one that was started here ends here.
+
+    Raises `EdgewiseError` where Ray is not installed, `InputError` where no cluster answers.
+    """
+    ray = _import_ray()
+    started = not ray.is_initialized()
+    _connect(ray, address)
+    try:
+        yield ray
+    finally:
+        if started:
+            ray.shutdown()
 
 
 def _import_ray() -> ModuleType:

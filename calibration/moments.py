@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
@@ -11,17 +9,15 @@ from itertools import chain, pairwise
 import numpy as np
 import onnx_ir as ir
 
-from edgewise.calibration.edits import Anchor, anchors
-from edgewise.calibration.integer_products import geometry
+from edgewise.calibration.edits import anchors
+from edgewise.calibration.patches import Reader, sampled, start_of
 from edgewise.calibration.taps import open_taps, sizes_on, values_of
 from edgewise.passes.fingerprint import fingerprint
-from edgewise.passes.graph import Array, attribute
+from edgewise.passes.graph import Array
 from edgewise.passes.quant_plan import QuantPlan
 from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Feed
 
-_MOST_PATCHES = 64  # of one sample and layer: neighbours tell little new, and inference stays dearer
-_FEWEST_PATCHES = 16  # small moments are known from few
 _SMALLEST_BLOCK = 64
 _BUFFER = 1 << 21  # bytes of patches multiplied at once: small products keep no processor busy
 
@@ -97,52 +93,61 @@ def collect_moments(
     is run once for each group of layers, and moments are taken over blocks. Raises `InputError` without
     samples.
     """
+    readers = [Reader.of(a.node, a.weights.array) for a in anchors(model, plan) if a.own_weights]
+    done, layers = input_moments(model, samples, readers, threads=threads, memory=memory, progress=progress)
+    return Moments(fingerprint(model), done, layers)
+
+
+def input_moments(
+    model: ir.Model,
+    samples: Iterable[Feed],
+    readers: Sequence[Reader],
+    *,
+    batch: int = 1,
+    threads: int | None = None,
+    memory: int = 1 << 29,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[int, dict[str, LayerMoments]]:
+    """The number of feeds, and the moments of the inputs of `readers` as above, by their first output.
+
+    Each feed holds up to `batch` samples.
+    """
     stream = iter(samples)
     first = next(stream, None)
     if first is None:
         raise InputError("no samples to take moments of")
-    layers = [a for a in anchors(model, plan) if a.own_weights]
-    sums = _sums(layers, memory // 2)
+    sums = _sums(readers, memory // 2)
     names = [name for name in sums if name not in first]
     sizes = sizes_on(model, names, first)
     taps = open_taps(model, sizes, memory // 2, threads)
     done = 0
     for done, feed in enumerate(chain([first], stream), start=1):
-        start = _start(feed)
+        start = start_of(feed)
         for name, array in chain(feed.items(), values_of(taps, feed)):
             for one in sums.get(name, ()):
-                one.add(array, start)
+                one.add(array, start, batch)
         if progress is not None:
             progress(done)
-    seen = {one.anchor.name: one.moments() for readers in sums.values() for one in readers}
-    return Moments(fingerprint(model), done, seen)
-
-
-def _start(feed: Feed) -> float:
-    """A number in [0, 1) that depends on the sample alone."""
-    checksum = 0
-    for name in sorted(feed):
-        if feed[name].dtype != np.object_:
-            checksum = zlib.crc32(np.ascontiguousarray(feed[name]).view(np.uint8).data, checksum)
-    return checksum / 2**32
+    return done, {one.name: one.moments() for some in sums.values() for one in some}
 
 
 class _Sum:
     """The moments of one layer so far."""
 
-    def __init__(self, anchor: Anchor, largest_block: int) -> None:
-        self.anchor = anchor
-        k = _length(anchor)
+    def __init__(self, reader: Reader, largest_block: int) -> None:
+        self.name = reader.node.outputs[0].name or ""
+        self._reader = reader
+        k = reader.length
         edges = np.linspace(0, k / 2, -(-k // largest_block) + 1).round().astype(int) * 2  # pairs stay whole
         edges[-1] = k
         self._blocks = [slice(a, b) for a, b in pairwise(edges.tolist())]
-        self._second = [np.zeros((anchor.groups, b.stop - b.start, b.stop - b.start)) for b in self._blocks]
-        self._first = np.zeros((anchor.groups, k))
+        self._second = [np.zeros((reader.groups, b.stop - b.start, b.stop - b.start)) for b in self._blocks]
+        self._first = np.zeros((reader.groups, k))
         self._count = 0
         self._waiting: list[Array] = []
 
-    def add(self, array: Array, start: float) -> None:
-        self._waiting.append(patches(self.anchor, array, start))
+    def add(self, array: Array, start: float, samples: int) -> None:
+        self._waiting.append(sampled(self._reader, array, start, samples))
         if sum(x.nbytes for x in self._waiting) > _BUFFER:
             self._multiply()
 
@@ -161,79 +166,18 @@ class _Sum:
         return LayerMoments(self._count, self._first, tuple(self._second))
 
 
-def _length(anchor: Anchor) -> int:
-    """Products that an output element is the sum of."""
-    return anchor.weights.array.size // anchor.weights.channels
-
-
-def _sums(layers: Sequence[Anchor], memory: int) -> dict[str, list[_Sum]]:
+def _sums(readers: Sequence[Reader], memory: int) -> dict[str, list[_Sum]]:
     """An empty sum for every layer, by the value it reads, in the largest blocks that fit."""
-    largest = max((_length(a) for a in layers), default=1)
+    largest = max((r.length for r in readers), default=1)
 
     def needed(block: int) -> int:
-        return sum(8 * a.groups * _length(a) * min(_length(a), block) for a in layers)
+        return sum(8 * r.groups * r.length * min(r.length, block) for r in readers)
 
     while needed(largest) > memory and largest > _SMALLEST_BLOCK:
         largest = -(-largest // 2)
     sums: dict[str, list[_Sum]] = {}
-    for anchor in layers:
-        sums.setdefault(anchor.input.name or "", []).append(_Sum(anchor, largest))
+    for reader in readers:
+        source = reader.node.inputs[0]
+        assert source is not None  # a layer reads something
+        sums.setdefault(source.name or "", []).append(_Sum(reader, largest))
     return sums
-
-
-def patches(anchor: Anchor, array: Array, start: float) -> Array:
-    """Evenly spread patches of an input, groups x patches x k; float32."""
-    if anchor.node.op_type == "Conv":
-        return _conv_patches(anchor, array, start)
-    if anchor.node.op_type == "Gemm" and attribute(anchor.node, "transA", 0):
-        array = array.T
-    rows = array.reshape(-1, array.shape[-1])
-    return rows[_spread(len(rows), anchor, start)][None].astype(np.float32, copy=False)
-
-
-def _spread(total: int, anchor: Anchor, start: float) -> Array:
-    """Indices of some of `total` patches: systematic sampling."""
-    count = min(total, max(_FEWEST_PATCHES, min(_length(anchor), _MOST_PATCHES)))
-    return ((np.arange(count) + start) * (total / max(count, 1))).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """One axis of a convolution: output i looks at the elements i * stride + offsets of the input."""
-
-    size: int
-    out: int
-    stride: int
-    offsets: Array
-
-    def seen(self, position: Array) -> tuple[Array, Array]:
-        """What the outputs at `position` look at, and whether that is inside; positions x taps."""
-        at = position[:, None] * self.stride + self.offsets
-        return at.clip(0, self.size - 1), (at >= 0) & (at < self.size)
-
-
-def _axes(node: ir.Node, kernel: Sequence[int], sizes: Sequence[int]) -> list[_Axis]:
-    dilations = attribute(node, "dilations", [1] * len(kernel))
-    return [
-        _Axis(size, (size + before + after - reach) // stride + 1, stride, np.arange(k) * dilation - before)
-        for size, k, dilation, (before, after), reach, stride in zip(
-            sizes, kernel, dilations, *geometry(node, sizes, kernel), strict=True
-        )
-    ]
-
-
-def _conv_patches(anchor: Anchor, array: Array, start: float) -> Array:
-    """What the kernel sees around some output positions, zero where it looks over the edge."""
-    batch, channels, *sizes = array.shape
-    axes = _axes(anchor.node, anchor.weights.array.shape[2:], sizes)
-    out = (batch, *(axis.out for axis in axes))
-    image, *positions = np.unravel_index(_spread(math.prod(out), anchor, start), out)
-    count = len(image)
-    index, inside = np.zeros((count, 1), np.int64), np.ones((count, 1), np.bool_)
-    for axis, position in zip(axes, positions, strict=True):
-        at, valid = axis.seen(position)
-        index = (index[:, :, None] * axis.size + at[:, None, :]).reshape(count, -1)
-        inside = (inside[:, :, None] & valid[:, None, :]).reshape(count, -1)
-    pixels = array.reshape(batch, channels, -1)[image[:, None], :, index] * inside[:, :, None]
-    grouped = pixels.reshape(count, index.shape[1], anchor.groups, -1).transpose(2, 0, 1, 3)
-    return grouped.reshape(anchor.groups, count, -1)

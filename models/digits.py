@@ -17,6 +17,8 @@ import numpy.typing as npt
 from edgewise.runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from edgewise.models.digits_net import DigitsNet
 
 FOLDER = Path(__file__).resolve().parent
@@ -57,17 +59,22 @@ def load_digits_net() -> DigitsNet:
 
     Raises `InputError` where torch is not installed.
     """
-    try:
-        import torch
-    except ImportError:
-        raise InputError("the digits network needs torch: pip install 'edgewise[torch]'") from None
+    state = read_state(CHECKPOINT, "the digits network needs")
     from edgewise.models.digits_net import DigitsNet
 
     net = DigitsNet()
-    with np.load(CHECKPOINT, allow_pickle=False) as file:
-        state = {name: torch.from_numpy(_widened(file[name])) for name in file.files}
     net.load_state_dict(state)
     return net.eval()
+
+
+def read_state(path: Path, who: str) -> dict[str, Tensor]:
+    """The state dict in a checkpoint. `InputError` where torch is not installed says `who` needs it."""
+    try:
+        import torch
+    except ImportError:
+        raise InputError(f"{who} torch: pip install 'edgewise[torch]'") from None
+    with np.load(path, allow_pickle=False) as file:
+        return {name: torch.from_numpy(_widened(file[name])) for name in file.files}
 
 
 def _widened(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -66,13 +66,16 @@ class DigitsNet(nn.Module):
         self.head = nn.Linear(WIDE, CLASSES)
 
     def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.dropout(self.features(image)))
+        return logits
+
+    def features(self, image: Tensor) -> Tensor:
+        """What the head decides by: float32 (batch, 96)."""
         x = torch.relu(self.stem(image))
         for block in self.blocks:
             x = block(x)
         x = torch.cat([x, self.separable(x)], dim=1)
-        x = torch.relu(self.mix(x)).mean(dim=(2, 3))
-        logits: Tensor = self.head(self.dropout(x))
-        return logits
+        return torch.relu(self.mix(x)).mean(dim=(2, 3))
 
     def coupled_norms(self) -> Sequence[Sequence[nn.BatchNorm2d]]:
         """Batch norms whose channels leave together or not at all: those added or convolved one to one.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,9 @@ def main() -> None:
     net = train(digits)
     print(f"trained in {time.monotonic() - start:.0f} s, test accuracy {accuracy(net, digits):.4f}")
     write_checkpoint(net, CHECKPOINT)
-    manifest = describe(load_digits_net(), digits)
-    MANIFEST.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(manifest["digits_net.npz"], indent=2))
+    found = describe(load_digits_net(), digits)
+    write_manifest(found)
+    print(json.dumps(found[CHECKPOINT.name], indent=2))
 
 
 def write_images(path: Path) -> None:
@@ -158,7 +158,7 @@ def penalty(groups: Sequence[Sequence[nn.BatchNorm2d]]) -> Tensor:
     return torch.stack(lengths).sum()
 
 
-def write_checkpoint(net: DigitsNet, path: Path) -> None:
+def write_checkpoint(net: nn.Module, path: Path) -> None:
     """The state dict as arrays; floats as float16, which changes no decision of the network."""
     arrays = {name: tensor.contiguous().numpy() for name, tensor in net.state_dict().items()}
     halved = {name: a.astype(np.float16) if a.dtype == np.float32 else a for name, a in arrays.items()}
@@ -177,6 +177,12 @@ def zeroed(net: DigitsNet) -> dict[str, str]:
     norms = {name: m for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
     dead = {name: int(((m.weight == 0) & (m.bias == 0)).sum()) for name, m in norms.items()}
     return {name: f"{dead[name]} of {m.num_features}" for name, m in norms.items()}
+
+
+def write_manifest(found: Mapping[str, Any]) -> None:
+    """Put what was found out about some files in place of what the manifest said about them."""
+    known = json.loads(MANIFEST.read_text(encoding="utf-8")) if MANIFEST.exists() else {}
+    MANIFEST.write_text(json.dumps({**known, **found}, indent=2) + "\n", encoding="utf-8")
 
 
 def describe(net: DigitsNet, digits: Digits) -> dict[str, Any]:

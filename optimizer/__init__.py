@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from edgewise.optimizer.jobs import calibrate, compare, prune, quantize
     from edgewise.optimizer.optimization import optimize
     from edgewise.optimizer.profiling import profile
+    from edgewise.optimizer.teaching import distill, finetune
     from edgewise.optimizer.torch_export import export
 
 __all__ = [
     "benchmark",
     "calibrate",
     "compare",
+    "distill",
     "export",
+    "finetune",
     "inspect",
     "load",
     "optimize",
@@ -38,7 +41,9 @@ _HOMES = MappingProxyType(
         "benchmark": "benchmarking",
         "calibrate": "jobs",
         "compare": "jobs",
+        "distill": "teaching",
         "export": "torch_export",
+        "finetune": "teaching",
         "inspect": "inspection",
         "load": "files",
         "optimize": "optimization",

@@ -14,11 +14,12 @@ import onnx_ir as ir
 from edgewise.calibration.data import Samples
 from edgewise.calibration.table import CalibrationTable
 from edgewise.optimizer.choice import INPUT
-from edgewise.optimizer.int8 import Int8, find_int8, plan_only, prepare, split
+from edgewise.optimizer.int8 import Int8, Split, find_int8, plan_only, prepare, split
 from edgewise.optimizer.judge import Judge
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, run_passes, run_step
 from edgewise.optimizer.plan_files import load_plan
-from edgewise.optimizer.recipe import Quantize, Recipe
+from edgewise.optimizer.pruning import Pruned, find_pruned, split_to_prune
+from edgewise.optimizer.recipe import Prune, Quantize, Recipe
 from edgewise.optimizer.start import Start
 from edgewise.passes.base import Pass
 from edgewise.passes.convert_floats import ConvertFloats
@@ -26,11 +27,12 @@ from edgewise.passes.quantize_dynamic import QuantizeDynamic
 from edgewise.passes.quantize_weights import QuantizeWeights
 from edgewise.passes.store_weights import StoreWeights
 from edgewise.passes.to_qoperator import ToQOperator
-from edgewise.runtime.errors import EdgewiseError
+from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import Feed
 from edgewise.runtime.latency import LatencyReport
+from edgewise.training.options import History
 
-EXACT, INT8, DYNAMIC, STORED = "exact", "int8", "int8 dynamic", "int8 stored"
+EXACT, PRUNED, INT8, DYNAMIC, STORED = "exact", "pruned", "int8", "int8 dynamic", "int8 stored"
 
 FORMATS: Mapping[str, Pass] = MappingProxyType(
     {
@@ -60,8 +62,14 @@ class Given:
     plan: Path | None = None
     int8: bool = False
     """Whether it is a failure that nothing in the model can be int8."""
+    pruned: bool = False
+    """Whether it is a failure that no amount of pruning keeps the bound."""
     kept: Path | None = None
     """Where the table that is made of samples is kept while the job runs."""
+    trials: Path | None = None
+    """The folder in which trials of pruning are kept while the job runs."""
+    history: History | None = None
+    """How the model learned before the job."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +84,19 @@ class Made:
     notes: tuple[str, ...] = ()
     int8: Int8 | None = None
     """How the search for int8 ended."""
+    pruned: Pruned | None = None
+    """How the search for what can leave ended."""
+    history: History | None = None
+    """How a model learned, before the job or after pruning."""
     stamp: Mapping[str, str] = field(default_factory=dict)
     paths: Mapping[str, Path] = field(default_factory=dict)
     """Where the models are saved."""
     latency: LatencyReport | None = None
+
+    @property
+    def best(self) -> ir.Model:
+        """The most ambitious of the models in float."""
+        return self.models.get(PRUNED, self.models[EXACT])
 
     def plus(self, name: str, made: tuple[ir.Model, StepReport]) -> Made:
         """With what one more step made of a model, if it kept its word."""
@@ -93,15 +110,50 @@ def make_candidates(start: Start, recipe: Recipe, given: Given, progress: Progre
     original = start.adapted.model
     reference = Reference(original, start.feeds, threads=recipe.threads)
     exact, steps = run_passes(original, recipe.chain, reference, progress=progress)
-    made = Made({INPUT: original, EXACT: exact}, steps, reference.feeds, notes=start.notes)
-    options = recipe.quantize
+    made = Made(
+        {INPUT: original, EXACT: exact}, steps, reference.feeds, notes=start.notes, history=given.history
+    )
+    options, parts = recipe.quantize, None
+    if recipe.prune is not None:
+        made, parts = _pruned(start, made, recipe, given, reference, progress)
     if options is None:
-        return dataclasses.replace(made, judge=_judge(start, start.samples, recipe))
+        return dataclasses.replace(made, judge=made.judge or _judge(start, start.samples, recipe))
     if options.format in FORMATS:
         return _converted(start, made, recipe, FORMATS[options.format], reference, progress)
     if start.samples is None and given.table is None and given.plan is None:
         return dataclasses.replace(made, notes=(_NO_SAMPLES, *made.notes))
-    return _quantized(start, made, recipe, given, reference, progress)
+    return _quantized(start, made, recipe, given, reference, progress, parts)
+
+
+def _pruned(
+    start: Start, made: Made, recipe: Recipe, given: Given, reference: Reference, progress: Progress
+) -> tuple[Made, Split]:
+    """With what is left of the model under the bound, and the samples by what they are for."""
+    if start.samples is None:
+        raise InputError("pruning needs samples, unlabelled ones will do: pass them with --data")
+    options = recipe.prune or Prune()
+    parts = split_to_prune(start.samples, recipe.seed)
+    judge = _judge(start, parts.judge, recipe, options.min_metric)
+    assert judge is not None
+    found = find_pruned(
+        start.adapted.model, parts, judge, reference, recipe, folder=given.trials, progress=progress
+    )
+    if found.model is None and given.pruned:
+        raise EdgewiseError(f"{found.why}; --best-effort writes that, and --effort 4 learns for longer")
+    told = (f"nothing is pruned: {found.why}",) if found.model is None else (found.why,) if found.why else ()
+    kept = {} if found.model is None else {PRUNED: found.model}
+    if found.model is not None and not options.bounds_metric:  # int8 may cost as much as it may of the input
+        judge = _judge(start, parts.judge, recipe, judge.score(found.model) - judge.allowed)
+    made = dataclasses.replace(
+        made,
+        models={**made.models, **kept},
+        steps=made.steps + found.steps,
+        judge=judge,
+        notes=(*made.notes, *told),
+        pruned=found,
+        history=found.history or made.history,
+    )
+    return made, parts
 
 
 def _converted(
@@ -109,20 +161,28 @@ def _converted(
 ) -> Made:
     """With the model in a format that needs no samples; they judge it, where there are some."""
     progress(step.name, 0, 1)
-    judge = _judge(start, start.samples, recipe)
-    made = made.plus(step.name, run_step(made.models[EXACT], step, reference, judge=judge))
+    judge = made.judge or _judge(start, start.samples, recipe)
+    made = made.plus(step.name, run_step(made.best, step, reference, judge=judge))
     progress(step.name, 1, 1)
     told = (_NOT_JUDGED,) if judge is None else judge.notes
     return dataclasses.replace(made, judge=judge, notes=(*made.notes, *told))
 
 
 def _quantized(
-    start: Start, made: Made, recipe: Recipe, given: Given, reference: Reference, progress: Progress
+    start: Start,
+    made: Made,
+    recipe: Recipe,
+    given: Given,
+    reference: Reference,
+    progress: Progress,
+    parts: Split | None,
 ) -> Made:
     """With static int8, what else is worth a try, and what the objective asks for."""
-    options, exact = recipe.quantize or Quantize(), made.models[EXACT]
+    options, exact = recipe.quantize or Quantize(), made.best
+    if parts is not None:
+        reference = Reference(exact, reference.feeds, threads=recipe.threads)
     ready, preparation = prepare(exact, options, reference, progress=progress)
-    judge, found = _static(start, ready, given, reference, recipe, progress)
+    judge, found = _static(start, ready, given, reference, recipe, progress, made.judge, parts)
     if found.model is None and given.int8 and not found.plan.quantized:
         raise EdgewiseError(f"{start.path} was not quantized: {found.why}")
     told = (f"no int8: {found.why}",) if found.model is None else (_NOT_JUDGED,) if judge is None else ()
@@ -152,14 +212,21 @@ def _is_of_products(model: ir.Model) -> bool:
     return sum(kinds[op] for op in ("MatMul", "Gemm", "LSTM")) > kinds["Conv"] + kinds["ConvTranspose"]
 
 
-def _judge(start: Start, samples: Samples | None, recipe: Recipe) -> Judge | None:
+def _judge(start: Start, samples: Samples | None, recipe: Recipe, floor: float | None = None) -> Judge | None:
     if samples is None:
         return None
-    return Judge(start.adapted.model, samples, recipe.metric, recipe.max_drop, recipe.threads)
+    return Judge(start.adapted.model, samples, recipe.metric, recipe.max_drop, recipe.threads, floor)
 
 
 def _static(
-    start: Start, ready: ir.Model, given: Given, reference: Reference, recipe: Recipe, progress: Progress
+    start: Start,
+    ready: ir.Model,
+    given: Given,
+    reference: Reference,
+    recipe: Recipe,
+    progress: Progress,
+    judge: Judge | None,
+    parts: Split | None,
 ) -> tuple[Judge | None, Int8]:
     """The int8 model as it was planned, or the best that samples let us find; and who judges it."""
     options, samples = recipe.quantize or Quantize(), start.samples
@@ -167,10 +234,13 @@ def _static(
         given.table.check(ready)
     chosen = None if given.plan is None else load_plan(given.plan, ready)
     if samples is None or chosen is not None:
-        judge = _judge(start, samples, recipe)
+        judge = judge or _judge(start, samples, recipe)
         return judge, plan_only(ready, given.table, chosen, reference, judge, recipe)
-    parts = split(samples, options.samples, recipe.seed)
-    judge = _judge(start, parts.judge if given.table is None else samples, recipe)
+    if parts is None:
+        parts = split(samples, options.samples, recipe.seed)
+        judge = _judge(start, parts.judge if given.table is None else samples, recipe)
+    else:
+        parts = parts.at_most(options.samples)
     assert judge is not None
     return judge, find_int8(
         ready, parts, reference, judge, recipe, table=given.table, kept=given.kept, progress=progress

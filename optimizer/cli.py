@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgewise.optimizer.console import Answer
     from edgewise.optimizer.profiling import ProfileReport
     from edgewise.optimizer.recipe import Recipe
+    from edgewise.training.options import TrainOptions
 
 _INTERRUPTED = 130  # what a shell gives for a process that SIGINT ended
 
@@ -564,22 +565,260 @@ def prune(
     output: Output,
     data: Data = None,
     preprocess: Preprocessing = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Keep as little as the metric allows that may fall by X."),
+    ] = None,
+    min_metric: Annotated[
+        float | None, typer.Option(metavar="M", help="Keep as little as leaves the metric at M or more.")
+    ] = None,
+    max_latency: Annotated[
+        float | None, typer.Option(metavar="MS", help="Keep what runs in MS milliseconds.")
+    ] = None,
+    max_macs: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="Keep a share of the multiply-accumulates: 50% or 0.5."),
+    ] = None,
+    max_size: Annotated[
+        float | None, typer.Option(metavar="MB", help="Keep what fits into MB megabytes.")
+    ] = None,
+    ratio: Annotated[
+        str | None, typer.Option(metavar="R", help="Take a share R of the channels from every layer.")
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What a channel is worth: reconstruction (default), taylor, gradient, fisher, ...",
+        ),
+    ] = None,
+    recover: Annotated[
+        str | None, typer.Option(metavar="HOW", help="distill (default), closed-form or none.")
+    ] = None,
+    effort: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Learn X times as long as by default, about two minutes."),
+    ] = None,
+    schedule: Annotated[
+        int | None, typer.Option(metavar="N", help="Cut and recover in N steps; 1 by default.")
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Static int8 as well, under the same bound.")] = False,
+    best_effort: Annotated[
+        bool,
+        typer.Option("--best-effort", help="Miss a bound that cannot be reached by as little as possible."),
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Try N amounts at once, in processes of their own.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Try them on a Ray cluster: auto, local or an address."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Samples and values held at once: 1G by default.")
+    ] = None,
     recipe: RecipeFile = None,
+    metric: MetricName = None,
+    objective: Objective = None,
+    target: Target = None,
     threads: Threads = None,
     seed: Seed = None,
+    report: ReportFolder = None,
+    no_benchmark: NoBenchmark = False,
     force: Force = False,
     json_file: Json = None,
 ) -> None:
-    """Remove the channels of MODEL that hold nothing but zeros.
+    """Keep as little of MODEL as a bound allows, and give that its accuracy back.
 
-    The outputs stay the same up to rounding.
+    Unlabelled samples are enough. Without a bound, only channels leave that hold nothing but zeros, and the
+    outputs stay the same. An interrupted run goes on when the same command is given.
     """
     from edgewise.optimizer import prune as job
     from edgewise.optimizer.console import progress_bars
 
-    options = _recipe(recipe, preprocess=preprocess, threads=threads, seed=seed)
+    wanted = {
+        "min_metric": min_metric,
+        "max_latency": max_latency,
+        "max_macs": None if max_macs is None else _share(max_macs, "--max-macs"),
+        "max_size": max_size,
+        "ratio": None if ratio is None else _share(ratio, "--ratio"),
+        "score": score,
+        "recover": recover,
+        "effort": effort,
+        "schedule": schedule,
+        "best_effort": best_effort or None,
+        "workers": workers,
+        "ray": ray,
+        "memory": None if memory is None else _bytes(memory, "--memory"),
+    }
+    options = _recipe(
+        recipe,
+        preprocess=preprocess,
+        benchmark=not no_benchmark,
+        metric=metric,
+        max_drop=max_drop,
+        objective=objective,
+        target=target,
+        threads=threads,
+        seed=seed,
+    ).to_prune(
+        {name: value for name, value in wanted.items() if value is not None},
+        by_drop=max_drop is not None,
+        int8=int8,
+    )
     with progress_bars() as progress:
-        result = job(model, output, data=data, recipe=options, force=force, progress=progress)
+        result = job(model, output, data=data, recipe=options, report=report, force=force, progress=progress)
+    _answer(result, json_file)
+
+
+Epochs = Annotated[int | None, typer.Option(metavar="N", help="Passes over the samples; 30 by default.")]
+Rate = Annotated[
+    float | None, typer.Option("--learning-rate", metavar="X", help="The highest rate; 0.002 by default.")
+]
+BatchSize = Annotated[int | None, typer.Option("--batch", metavar="N", help="Samples a step; 64 by default.")]
+Frozen = Annotated[
+    list[str] | None,
+    typer.Option("--freeze", metavar="PATTERN", help="Weights whose names match stay: body.*. Repeatable."),
+]
+Memory = Annotated[str | None, typer.Option(metavar="SIZE", help="Samples held at once: 1G by default.")]
+
+
+def _training(memory: str | None, freeze: Sequence[str] | None, **options: Any) -> TrainOptions:
+    """The options of a training that were named."""
+    from edgewise.training.options import TrainOptions
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if memory is not None:
+        given["memory"] = _bytes(memory, "--memory")
+    return TrainOptions(**given, freeze=tuple(freeze or ()))
+
+
+@app.command()
+def distill(
+    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="The .onnx file to learn from.")],
+    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="The .onnx file that learns.")],
+    output: Output,
+    data: Data = None,
+    preprocess: Preprocessing = None,
+    epochs: Epochs = None,
+    learning_rate: Rate = None,
+    batch: BatchSize = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="How much scores are softened; 4 by default.")
+    ] = None,
+    freeze: Frozen = None,
+    memory: Memory = None,
+    recipe: RecipeFile = None,
+    metric: MetricName = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    no_benchmark: NoBenchmark = False,
+    force: Force = False,
+    json_file: Json = None,
+) -> None:
+    """Train STUDENT to answer like TEACHER, which takes the same inputs.
+
+    Unlabelled samples are enough; labels are used where there are some.
+    """
+    from edgewise.optimizer import distill as job
+    from edgewise.optimizer.console import progress_bars
+
+    options = _recipe(
+        recipe, preprocess=preprocess, benchmark=not no_benchmark, metric=metric, threads=threads, seed=seed
+    )
+    training = _training(
+        memory,
+        freeze,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch=batch,
+        temperature=temperature,
+        seed=options.seed,
+    )
+    with progress_bars() as progress:
+        result = job(
+            teacher,
+            student,
+            output,
+            data=data,
+            recipe=options,
+            options=training,
+            force=force,
+            progress=progress,
+        )
+    _answer(result, json_file)
+
+
+@app.command()
+def finetune(
+    model: OnnxFile,
+    output: Output,
+    data: Data = None,
+    preprocess: Preprocessing = None,
+    replace_head: Annotated[
+        int | None,
+        typer.Option(metavar="CLASSES", help="Let the last layer start anew with so many classes."),
+    ] = None,
+    freeze: Frozen = None,
+    penalty: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND=X", help="l1, l2, group-lasso or bn-scale=X: channels that it empties leave."
+        ),
+    ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Train the weights for static int8; labels are not needed.")
+    ] = False,
+    epochs: Epochs = None,
+    learning_rate: Rate = None,
+    batch: BatchSize = None,
+    memory: Memory = None,
+    recipe: RecipeFile = None,
+    metric: MetricName = None,
+    max_drop: MaxDrop = None,
+    target: Target = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    report: ReportFolder = None,
+    no_benchmark: NoBenchmark = False,
+    force: Force = False,
+    json_file: Json = None,
+) -> None:
+    """Train MODEL on the labels of DATA, then make it smaller and faster.
+
+    With --int8 alone no labels are needed: the int8 model learns the answers of the float model.
+    """
+    from edgewise.optimizer import finetune as job
+    from edgewise.optimizer.console import progress_bars
+    from edgewise.training.options import Penalty
+
+    options = _recipe(
+        recipe,
+        preprocess=preprocess,
+        benchmark=not no_benchmark,
+        metric=metric,
+        max_drop=max_drop,
+        target=target,
+        threads=threads,
+        seed=seed,
+    )
+    training = _training(
+        memory, freeze, epochs=epochs, learning_rate=learning_rate, batch=batch, seed=options.seed
+    )
+    with progress_bars() as progress:
+        result = job(
+            model,
+            output,
+            data=data,
+            replace_head=replace_head,
+            penalty=None if penalty is None else Penalty.parse(penalty),
+            int8=int8,
+            recipe=options,
+            options=training,
+            report=report,
+            force=force,
+            progress=progress,
+        )
     _answer(result, json_file)
 
 
@@ -778,6 +1017,9 @@ def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go.")] = Path(
         "edgewise-demo"
     ),
+    generator: Annotated[
+        bool, typer.Option("--generator", help="A generator of images instead of a classifier.")
+    ] = False,
     json_file: Json = None,
 ) -> None:
     """Take a small trained network through the whole chain."""
@@ -785,5 +1027,5 @@ def demo(
     from edgewise.optimizer.demo import demo as job
 
     with progress_bars() as progress:
-        result = job(folder, progress=progress)
+        result = job(folder, generator=generator, progress=progress)
     _answer(result, json_file)

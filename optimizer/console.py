@@ -107,14 +107,10 @@ def _(report: PlanReport) -> RenderableType:
 
 @view.register
 def _(demo: DemoReport) -> RenderableType:
-    score = demo.accuracy
-    accuracy = (
-        f"right answers on {score.samples} images never seen before: {score.before:.1%} -> {score.after:.1%}"
-    )
     written = (demo.exported, demo.samples, demo.output, demo.report_folder)
     return Group(
         view(demo.report),
-        Text(accuracy, style="bold"),
+        *(Text(finding, style="bold") for finding in demo.findings),
         *(Text(f"written: {path}", overflow="fold") for path in written),
     )
 

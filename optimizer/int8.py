@@ -60,6 +60,13 @@ class Split:
     choose: Samples
     judge: Samples
 
+    def at_most(self, count: int) -> Split:
+        """With the first `count` of the samples to learn from, and a few to choose by."""
+        learn, choose = (
+            range(min(len(s), n)) for s, n in ((self.calibrate, count), (self.choose, _MOST_KEPT_BACK))
+        )
+        return Split(self.calibrate.take(learn), self.choose.take(choose), self.judge)
+
 
 def split(samples: Samples, count: int, seed: int) -> Split:
     """Draw `count` samples to learn from, a quarter of them to choose by; the rest judges, or all of few."""

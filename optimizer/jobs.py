@@ -157,15 +157,30 @@ def prune(
     *,
     data: str | Samples | None = None,
     recipe: Recipe | None = None,
+    report: ModelPath | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Report:
-    """Write `model` without the channels that hold nothing but zeros, and only what that takes.
+    """Write as little of `model` as the bound in the recipe's section `prune` allows, recovered on `data`.
 
-    The outputs stay the same up to rounding; this is checked on `data`, or on seeded inputs. The
-    recipe's own chain of passes and its benchmark are not used. Raises `InputError` on input that
-    cannot be used.
+    Without that section the channels leave that hold nothing but zeros, and the outputs stay the same up to
+    rounding; this is checked on `data`, or on seeded inputs. The recipe's own chain of passes and its
+    benchmark are not used then. With it, what is written is also measured and never slower, and static int8
+    follows where the recipe has it. Samples that nothing is learned from judge. An interrupted run keeps its
+    trials in `output` + ".trials.part", and the same call goes on from there. Raises `InputError` on input
+    that cannot be used, `EdgewiseError` where the bound cannot be kept or nothing can leave.
     """
+    if recipe is not None and recipe.prune is not None:
+        return run_job(
+            model,
+            Path(output),
+            data=data,
+            recipe=recipe,
+            given=Given(pruned=True),
+            report=report,
+            force=force,
+            progress=progress,
+        )
     recipe = (recipe or Recipe()).model_copy(update={"passes": _PRUNING, "benchmark": None})
     check_targets(Path(output), recipe, Path(model), force=force)
     job = _start(model, Path(output), data, recipe, force, progress)

@@ -21,12 +21,19 @@ class Judge:
     """Scores models on `samples` against the original and refuses those that lost too much.
 
     `name` is a metric's name; without one the outputs and labels decide. A metric that counts samples sees
-    whole ones only: what may be lost is rounded up to them. Where neither a metric was named nor labels are
-    at hand, twice as many answers may change as may get worse: one that was wrong before loses nothing.
+    whole ones only: what may be lost is rounded up to them. A `floor` is the bound itself. Where
+    neither a metric was named nor labels are at hand, twice as many answers may change as may get worse: one
+    that was wrong before loses nothing.
     """
 
     def __init__(
-        self, original: ir.Model, samples: Samples, name: str | None, max_drop: float, threads: int | None
+        self,
+        original: ir.Model,
+        samples: Samples,
+        name: str | None,
+        max_drop: float,
+        threads: int | None,
+        floor: float | None = None,
     ) -> None:
         self.samples = samples
         self._threads = threads
@@ -34,6 +41,13 @@ class Judge:
         self.metric = metric_named(name) if name else default_metric(self._original, samples.labels)
         self.before = self.metric.score(self._original, self._original, samples.labels)
         self.allowed = self._allowed(2 * max_drop if name is None and self._is_unlabelled else max_drop)
+        if floor is not None:
+            self.allowed = self.before - floor
+
+    @property
+    def floor(self) -> float:
+        """The least score that keeps the bound."""
+        return self.before - self.allowed - 1e-9
 
     @property
     def _is_unlabelled(self) -> bool:
@@ -46,7 +60,7 @@ class Judge:
     def __call__(self, model: ir.Model) -> float:
         """The score of `model`; `BreachError` below the bound."""
         score = self.score(model)
-        if score < self.before - self.allowed - 1e-9:
+        if score < self.floor:
             raise BreachError(
                 f"{self.metric.name} fell from {self.before:.4f} to {score:.4f}, "
                 f"by {self.before - score:.2g}: more than {self.allowed:.2g}"
@@ -62,14 +76,16 @@ class Judge:
                 f"NaN or infinity is in output {names[0]!r} of the model itself on the samples that judge: "
                 "there it is not judged, so see that it is made for such inputs"
             )
-        if self._is_blind():
+        if self.is_blind:
             notes.append(
                 f"{self.metric.name} is {self.before:.4f} as well where every sample gets the outputs of the "
                 "first: by these samples it cannot tell a good model from a broken one"
             )
         return tuple(notes)
 
-    def _is_blind(self) -> bool:
+    @property
+    def is_blind(self) -> bool:
+        """Whether the score is as good where every sample gets the outputs of the first."""
         alike = {n: np.repeat(output[:1], len(output), axis=0) for n, output in self._original.items()}
         try:
             return self.metric.score(alike, self._original, self.samples.labels) >= self.before

@@ -37,7 +37,12 @@ Floats = Mapping[str, str]
 Notes = tuple[str, ...]
 
 _POLISHING: Mapping[str, str] = MappingProxyType(
-    {"bias": "bias correction", "round": "learned rounding", "shift": "bias correction by what layers give"}
+    {
+        "bias": "bias correction",
+        "round": "learned rounding",
+        "shift": "bias correction by what layers give",
+        "train": "quantization-aware training",
+    }
 )
 WORTH = 0.1
 """dB; less is chance."""
@@ -204,11 +209,17 @@ def polish(ground: Ground, start: Attempt) -> tuple[Attempt, tuple[StepReport, .
     for done, rung in enumerate(wanted):
         ground.progress(f"int8: {_POLISHING[rung]}", done, len(wanted))
         begin = time.perf_counter()
-        after = judged(ground, dataclasses.replace(best, edits=_edits(ground, best, rung, moments)))
+        after = judged(ground, _polished(ground, best, rung, moments))
         helps, reason = _comparison(best, after)
-        steps.append(report(_POLISHING[rung], len(after.edits), helps, reason, begin))
+        steps.append(report(_POLISHING[rung], max(len(after.edits), 1), helps, reason, begin))
         best = after if helps else best
     return best, tuple(steps)
+
+
+def _polished(ground: Ground, best: Attempt, rung: str, moments: Moments) -> Attempt:
+    if rung == "train":
+        return _trained(ground, best)
+    return dataclasses.replace(best, edits=_edits(ground, best, rung, moments))
 
 
 def _edits(ground: Ground, best: Attempt, rung: str, moments: Moments) -> Edits:
@@ -216,6 +227,22 @@ def _edits(ground: Ground, best: Attempt, rung: str, moments: Moments) -> Edits:
         return round_weights(best.model, best.plan, moments)
     evidence = moments if rung == "bias" else ground.samples
     return correct_biases(best.model, best.plan, evidence, edits=best.edits, threads=ground.threads)
+
+
+def _trained(ground: Ground, best: Attempt) -> Attempt:
+    """With weights that were trained for their integers, the float model being the teacher."""
+    from edgewise.training.quantization_aware import heal  # brings torch, which takes a second
+
+    trained = heal(
+        best.edited,
+        best.plan,
+        ground.samples,
+        ground.yardstick.samples,
+        teacher=best.model,
+        threads=ground.threads,
+        progress=lambda epoch: ground.progress("int8: train", epoch.number, epoch.number),
+    )
+    return dataclasses.replace(best, model=trained.model, edits={})
 
 
 def _comparison(before: Attempt, after: Attempt) -> tuple[bool, str]:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgewise.calibration.data import Samples
+from edgewise.optimizer.frechet import PREFIX, Frechet
+from edgewise.optimizer.image_metrics import psnr, ssim
 from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import Evaluator
 from edgewise.runtime.foreign import foreign_code, import_callable
@@ -99,15 +101,27 @@ def _rows(scores: Array) -> Array:
 
 
 METRICS: Mapping[str, Function] = MappingProxyType(
-    {"top1": top1, "agreement": agreement, "fidelity": fidelity, "equality": equality}
+    {
+        "top1": top1,
+        "agreement": agreement,
+        "fidelity": fidelity,
+        "equality": equality,
+        "psnr": psnr,
+        "ssim": ssim,
+    }
 )
 
 
 def metric_named(name: str) -> Metric:
-    """One of `METRICS`, or `module:function` of the user's, called as `function(outputs, labels)`."""
+    """One of `METRICS`, a `Frechet` by its name, or `module:function` of the user's.
+
+    The user's is called as `function(outputs, labels)`.
+    """
     if name in METRICS:
         return Metric(name, METRICS[name])
-    function = import_callable(name, f"metric {name!r} is none of {', '.join(METRICS)}")
+    if name.partition(":")[0] == PREFIX:
+        return Metric(PREFIX, Frechet.named(name))
+    function = import_callable(name, f"metric {name!r} is none of {', '.join(METRICS)}, {PREFIX}:...")
     return Metric(name, lambda outputs, _, labels: function(outputs, labels))
 
 

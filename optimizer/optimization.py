@@ -23,6 +23,7 @@ from edgewise.optimizer.int8 import node_noise
 from edgewise.optimizer.layers import layer_noise
 from edgewise.optimizer.pipeline import Progress, StepReport, no_progress
 from edgewise.optimizer.profiling import profile
+from edgewise.optimizer.pruning import trials_beside
 from edgewise.optimizer.recipe import Recipe
 from edgewise.optimizer.report import Report, facts_of, write_report
 from edgewise.optimizer.runtimes import limits_of
@@ -88,9 +89,10 @@ def run_job(
     with (
         tempfile.TemporaryDirectory(prefix="edgewise-") as folder,
         kept_beside(output) as kept,
+        trials_beside(output) as trials,
         np.errstate(all="ignore"),  # what overflows is judged like all else
     ):
-        scratch, given = Path(folder), dataclasses.replace(given, kept=kept)
+        scratch, given = Path(folder), dataclasses.replace(given, kept=kept, trials=trials)
         start = begin(as_file(model, inputs, scratch, seed=recipe.seed), data, recipe)
         if report is not None:
             files.make_folder(Path(report))
@@ -201,6 +203,8 @@ def _choose_and_write(start: Start, made: Made, recipe: Recipe, output: Path, *,
         ort=ort,
         sensitivity=made.int8.sensitivity if made.int8 is not None and chosen == INT8 else (),
         floats=made.int8.floats if made.int8 is not None and chosen == INT8 else {},
+        amounts=() if made.pruned is None else made.pruned.amounts,
+        history=made.history,
     )
 
 

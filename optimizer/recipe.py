@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edgewise.calibration.data import Preprocess
 from edgewise.calibration.plan import QuantOptions
@@ -41,7 +42,7 @@ def _exact(specs: tuple[str, ...]) -> tuple[str, ...]:
     return specs
 
 
-Rung = Literal["equalize", "smooth", "bias", "round", "shift"]
+Rung = Literal["equalize", "smooth", "bias", "round", "shift", "train"]
 
 
 Format = Literal["auto", "qdq", "qoperator", "dynamic", "int4-weights", "int8-weights", "float16", "bfloat16"]
@@ -51,11 +52,11 @@ class Quantize(_Frozen):
     """How int8 is made. The `format` auto is QDQ, with dynamic int8 as its rival where that is possible.
 
     Of the range `methods` the one whose int8 model is nearest to the float model counts; each rung of the
-    `ladder` is kept where it brings the outputs nearer. `prepare` holds exact passes that run before: what
-    they write may be slower in float, and has int8 kernels where what was there has none. With `search`
-    every node is timed in float and in int8 on the target and runs in what is faster, as a whole; without,
-    rules for the target decide. `portable` keeps processors without VNNI from saturating: "auto" where that
-    costs less than 0.1 dB.
+    `ladder` is kept where it brings the outputs nearer; "train", which needs torch, trains weights for their
+    integers. `prepare` holds exact passes that run before: what they write may be slower in float, and has
+    int8 kernels where what was there has none. With `search` every node is timed in float and in int8 on the
+    target and runs in what is faster, as a whole; without, rules for the target decide. `portable` keeps
+    processors without VNNI from saturating: "auto" where that costs less than 0.1 dB.
     """
 
     methods: tuple[Literal["minmax", "average", "percentile", "entropy", "mse"], ...] = Field(
@@ -80,6 +81,68 @@ class Quantize(_Frozen):
         return tuple(parse(spec) for spec in self.prepare)
 
 
+Importance = Literal[
+    "reconstruction",
+    "taylor",
+    "gradient",
+    "fisher",
+    "magnitude-l1",
+    "magnitude-l2",
+    "bn-scale",
+    "activation-mean",
+    "activation-energy",
+    "activation-zeros",
+    "random",
+]
+
+_BOUNDS = ("min_metric", "max_latency", "max_macs", "max_size", "ratio")
+_ALL_BOUNDS = ("max_drop", *_BOUNDS)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+class Prune(_Frozen):
+    """Which channels leave, and how the rest gets its accuracy back.
+
+    One bound counts: without any other as little as possible is kept such that the metric falls by no more
+    than the recipe's `max_drop`; or no lower than `min_metric`. The others say how much is kept whatever the
+    metric: `max_latency` ms, a share `max_macs` of the multiply-accumulates, `max_size` MB of file, or all
+    layers lose the `ratio` of their channels. Channels leave by their `score`. What stays is refitted in
+    closed form, or that and distilled from the original; `effort` multiplies how long. In `schedule` steps
+    each cuts a little and recovers. With `best_effort` a bound that cannot be reached is missed by as
+    little as possible. `workers` processes try amounts at once, or actors of the Ray cluster at `ray`.
+    """
+
+    score: Importance = "reconstruction"
+    min_metric: float | None = None
+    max_latency: float | None = Field(default=None, gt=0)
+    max_macs: float | None = Field(default=None, gt=0, le=1)
+    max_size: float | None = Field(default=None, gt=0)
+    ratio: float | None = Field(default=None, gt=0, lt=1)
+    recover: Literal["none", "closed-form", "distill"] = "distill"
+    effort: float = Field(default=1.0, gt=0)
+    schedule: int = Field(default=1, ge=1)
+    trials: int = Field(default=6, ge=1, description="amounts that are tried for a bound on the metric")
+    best_effort: bool = False
+    workers: int | None = Field(default=None, ge=1)
+    ray: str | None = None
+    memory: int = Field(default=1 << 30, ge=1 << 20, description="bytes of samples and values held at once")
+
+    @model_validator(mode="after")
+    def _has_one_bound(self) -> Prune:
+        given = [name for name in _BOUNDS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"one bound counts, not {' and '.join(given)}")
+        return self
+
+    @property
+    def bounds_metric(self) -> bool:
+        """Whether the metric decides how much leaves."""
+        return all(getattr(self, name) is None for name in _BOUNDS[1:])
+
+
 class Benchmark(_Frozen):
     """How long the measuring may take and how sure it must be."""
 
@@ -102,6 +165,7 @@ class Recipe(_Frozen):
 
     version: Literal[1] = 1
     passes: tuple[str, ...] = EXACT_CHAIN
+    prune: Prune | None = None
     quantize: Quantize | None = Quantize()
     benchmark: Benchmark | None = Benchmark()
     preprocess: Preprocess | None = None
@@ -172,6 +236,23 @@ class Recipe(_Frozen):
             update={"max_seconds": min(self.benchmark.max_seconds, _FAST_SECONDS)}
         )
         return self.model_copy(update={"quantize": quantize, "benchmark": benchmark})
+
+    def to_prune(self, wanted: Mapping[str, Any], *, by_drop: bool, int8: bool) -> Recipe:
+        """The recipe for pruning as `wanted`; for what is exact if no bound is named here or in `prune`.
+
+        Static int8 follows if that is asked for. Raises `InputError` on options that do not go together.
+        """
+        known = {} if self.prune is None else self.prune.model_dump()
+        if by_drop or any(name in wanted for name in _BOUNDS):
+            known |= dict.fromkeys(_BOUNDS)
+        elif self.prune is None:
+            if wanted or int8:
+                raise InputError(f"a bound is missing: name one of {', '.join(map(_option, _ALL_BOUNDS))}")
+            return self
+        if by_drop and (rival := next((name for name in _BOUNDS if name in wanted), None)):
+            raise InputError(f"one bound counts, not --max-drop and {_option(rival)}")
+        update = {"prune": {**known, **wanted}} | ({} if int8 else {"quantize": None})
+        return recipe_from({**self.model_dump(), **update}, "options")
 
     def with_options(self, **options: Any) -> Recipe:
         """The recipe with every option that is not None in place of its own value."""

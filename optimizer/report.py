@@ -14,13 +14,15 @@ import onnx_ir as ir
 
 from edgewise.optimizer.comparison import Difference
 from edgewise.optimizer.emit_ort import OrtFiles
-from edgewise.optimizer.files import make_folder, tensors, write_text
+from edgewise.optimizer.files import make_folder, tensors, write_folder, write_text
 from edgewise.optimizer.layers import LayerNoise
+from edgewise.optimizer.pictures import Pictures
 from edgewise.optimizer.pipeline import StepReport
 from edgewise.optimizer.profiling import ProfileReport
 from edgewise.optimizer.sensitivity import NodeSensitivity
 from edgewise.passes.graph import opset
 from edgewise.runtime.latency import LatencyReport
+from edgewise.training.options import History
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,28 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Amount:
+    """An amount of pruning that was tried: what is left, and how well it does.
+
+    `budget` and `macs` are shares of the input's. `score` is that of the recovered model, `int8_score` that
+    of its int8 form by the target's rules, where int8 is wanted.
+    """
+
+    budget: float
+    macs: float
+    parameters: int
+    bytes: int
+    score: float
+    int8_score: float | None
+    keeps_bound: bool
+
+    @property
+    def worst(self) -> float:
+        """The lower one of the scores."""
+        return self.score if self.int8_score is None else min(self.score, self.int8_score)
+
+
+@dataclass(frozen=True)
 class Report:
     """A whole run: what came in, every step, what was measured, what was written and why.
 
@@ -99,6 +123,12 @@ class Report:
     sensitivity: tuple[NodeSensitivity, ...] = ()
     floats: Mapping[str, str] = field(default_factory=dict)
     """Nodes of an int8 model that stay in float, by first output, and why."""
+    amounts: tuple[Amount, ...] = ()
+    """What was tried of pruning."""
+    history: History | None = None
+    """How what was left after pruning learned."""
+    images: Pictures | None = None
+    """What the model draws before and after, where it draws."""
 
     @property
     def chosen(self) -> str:
@@ -107,7 +137,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; infinities become None."""
-        own = {"latency": self.latency, "profiles": self.profiles, "ort": self.ort}
+        own = {"latency": self.latency, "profiles": self.profiles, "ort": self.ort, "images": self.images}
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
         data |= {name: None if value is None else value.to_dict() for name, value in own.items()}
         values: dict[str, Any] = plain(data)
@@ -127,6 +157,8 @@ class Report:
         ]
         if self.latency is not None:
             parts += ["\n## Latency\n", table(LATENCY_COLUMNS, latency_rows(self.latency))]
+        if self.amounts:
+            parts += ["\n## Amounts of pruning\n", table(AMOUNT_COLUMNS, amount_rows(self.amounts))]
         if self.differences:
             parts += ["\n## Outputs against the input model\n", *(f"- {d}\n" for d in self.differences)]
         if self.sensitivity:
@@ -141,8 +173,11 @@ class Report:
 
 
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
-    """Write `report.json` and `report.md` into `folder`, over those of an earlier run."""
+    """Write `report.json`, `report.md` and what pictures there are into `folder`, over an earlier run's."""
     make_folder(folder)
+    for name, content in ({} if report.images is None else report.images.files).items():
+        with write_folder(folder / name, force=True) as scratch:
+            (scratch / name).write_bytes(content)
     text = json.dumps(report.to_dict(), indent=2)
     return (
         write_text(folder / "report.json", text + "\n", force=True),
@@ -176,6 +211,7 @@ STEP_COLUMNS = (
     "refused or rolled back because",
 )
 CANDIDATE_COLUMNS = ("candidate", "size", "speed-up", "95 % interval", "written", "why")
+AMOUNT_COLUMNS = ("budget", "MACs left", "parameters", "weights", "score", "in int8", "keeps the bound")
 SENSITIVITY_COLUMNS = ("node", "operator", "noise of the signal", "runs as")
 LATENCY_COLUMNS = ("model", "median ms", "95 % interval", "p90", "p99", "min", "load ms", "peak MB", "runs")
 
@@ -188,6 +224,22 @@ def table(columns: Sequence[str], rows: Iterable[Row]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def amount_rows(amounts: Iterable[Amount]) -> list[Row]:
+    """A row an amount of pruning that was tried."""
+    return [
+        (
+            f"{a.budget:.1%}",
+            f"{a.macs:.1%}",
+            f"{a.parameters:,}",
+            size_text(a.bytes),
+            f"{a.score:.4f}",
+            "" if a.int8_score is None else f"{a.int8_score:.4f}",
+            "yes" if a.keeps_bound else "no",
+        )
+        for a in amounts
+    ]
 
 
 def summary_rows(report: Report) -> list[Row]:

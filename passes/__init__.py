@@ -9,6 +9,7 @@ import yaml
 
 from edgewise.passes.absorb_shuffles import AbsorbShuffles
 from edgewise.passes.base import Pass
+from edgewise.passes.clip_weights import ClipWeights
 from edgewise.passes.convert_ends import ConvertEnds
 from edgewise.passes.convert_floats import ConvertFloats
 from edgewise.passes.dedupe_initializers import DedupeInitializers
@@ -111,6 +112,7 @@ _ALL: tuple[type[Pass], ...] = (
     QuantizeDynamic,
     QuantizeWeights,
     StoreWeights,
+    ClipWeights,
     ConvertFloats,
     LowerOpset,
     StripDebug,

@@ -82,6 +82,9 @@ class ChannelGroup:
 Cuts = Mapping[ChannelGroup, Mask]
 """The channels of each group that are to leave, bool of shape [group.size]."""
 
+Worth = Mapping[ChannelGroup, npt.NDArray[np.float64]]
+"""What the channels of each group are worth, [group.size]."""
+
 
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
@@ -148,31 +151,34 @@ class ChannelGraph:
         group = self.home[slot]
         return cuts[group][group.members[slot]]
 
-    def settle(self, cuts: Cuts, multiple: int = 1) -> dict[ChannelGroup, Mask]:
-        """The part of `cuts` that can leave; what has to be taken back is taken from the front.
+    def settle(self, cuts: Cuts, multiple: int = 1, worth: Worth | None = None) -> dict[ChannelGroup, Mask]:
+        """The part of `cuts` that can leave; taken back is what is worth most, and of equals the first.
 
         Blocked channels stay, one index of every slot stays, or as many as make the new width of a layer a
         multiple of `multiple`, grouped convolutions lose as many channels in each of their groups, and a slot
         with a least number (see `Coupling`) loses that many or none.
         """
         settled = {group: cuts[group] & ~group.blocked for group in self.groups}
-        while self._fill_up(settled, multiple) or self._level(settled) or self._spare(settled):
+        worth = {group: np.zeros(group.size) for group in self.groups} if worth is None else worth
+        while self._fill_up(settled, multiple, worth) or self._level(settled, worth) or self._spare(settled):
             pass
         return settled
 
-    def _fill_up(self, cuts: Cuts, multiple: int) -> bool:
-        """Take back the first channels of every slot that would be too narrow; whether there was one."""
+    def _fill_up(self, cuts: Cuts, multiple: int, worth: Worth) -> bool:
+        """Take back channels of every slot that would be too narrow; whether there was one."""
         changed = False
         for slot, group in self.home.items():
             leaving = self.leaving(slot, cuts)
             staying, unit = len(leaving) - int(leaving.sum()), multiple if slot in self.widths else 1
             missing = max(-(-staying // unit), 1) * unit - staying
             if missing and leaving.any():
-                cuts[group][group.members[slot][np.flatnonzero(leaving)[:missing]]] = False
+                labels = group.members[slot][leaving]
+                dearest = np.argsort(-worth[group][labels], kind="stable")[:missing]
+                cuts[group][labels[dearest]] = False
                 changed = True
         return changed
 
-    def _level(self, cuts: Cuts) -> bool:
+    def _level(self, cuts: Cuts, worth: Worth) -> bool:
         """Take back what a grouped convolution would lose unevenly; whether there was any."""
         changed = False
         for quota in self.quotas:
@@ -180,8 +186,9 @@ class ChannelGraph:
             masks: list[Mask] = [self.leaving(slot, cuts).reshape(quota.groups, -1) for slot in slots]
             staying: Mask = np.any([~mask.all(1) for mask in masks], axis=0)
             for slot, mask in zip(slots, masks, strict=True):
-                excess = _excess(mask, staying)
-                cuts[self.home[slot]][self.home[slot].members[slot][excess]] = False
+                group, labels = self.home[slot], self.home[slot].members[slot]
+                excess = _excess(mask, staying, worth[group][labels].reshape(mask.shape))
+                cuts[group][labels[excess]] = False
                 changed |= len(excess) > 0
         return changed
 
@@ -448,7 +455,7 @@ def _components(size: int, heads: Indices, tails: Indices) -> Indices:
     return np.unique(parent, return_inverse=True)[1].astype(np.int64)
 
 
-def _excess(leaving: Mask, staying: Mask) -> Indices:
+def _excess(leaving: Mask, staying: Mask, worth: npt.NDArray[np.float64]) -> Indices:
     """The flat indices that a grouped convolution cannot lose; `leaving` is [group, index of the group].
 
     Not all of a slot leaves, so the group that loses least keeps an index, and with it every other.
@@ -456,7 +463,9 @@ def _excess(leaving: Mask, staying: Mask) -> Indices:
     if not staying.any():
         return np.empty(0, np.int64)
     too_many = leaving.sum(1, keepdims=True) - leaving[staying].sum(1).min()
-    return np.flatnonzero(leaving & (np.cumsum(leaving, axis=1) <= too_many) & staying[:, np.newaxis])
+    dearest = np.argsort(np.where(leaving, -worth, np.inf), axis=1, kind="stable")
+    rank = np.argsort(dearest, axis=1)
+    return np.flatnonzero(leaving & (rank < too_many) & staying[:, np.newaxis])
 
 
 def _shrink_constants(graph: ir.Graph, kept: Mapping[Slot, Indices]) -> None:

@@ -81,7 +81,24 @@ class Fold:
     blocks: tuple[Block, ...]
 
 
-Block = Table | Drawing | Facts | Lines | Code | Fold
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file in base64. `alt` says what it shows to those who cannot see it."""
+
+    label: str
+    alt: str
+    data: str
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pictures side by side, or one above the other where the page is narrow."""
+
+    kind: ClassVar[str] = "images"
+    pictures: tuple[Picture, ...]
+
+
+Block = Table | Drawing | Facts | Lines | Code | Fold | Images
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from edgewise.optimizer.sensitivity import NodeSensitivity
 
 INPUT = "input"
 _SHARES = {"top1": "Right answers", "agreement": "Same answers"}
+_NAMES = {**_SHARES, "psnr": "Likeness of the images"}
 _STATUS_TONES = {"applied": "good", "rolled back": "warn"}
 _REASONS_SHOWN = 3
 _LAYERS_SHOWN = 10
@@ -83,21 +84,31 @@ def score_headline(report: Report) -> Headline | None:
     score = report.score
     if score is None:
         return _difference_headline(report)
-    detail = f"on {count_text(score.samples, 'sample')}; {_allowed_text(score)} may be lost"
+    detail = f"on {count_text(score.samples, 'sample')}; {_bound_text(score)}"
     tone = "bad" if score.after < score.before - score.allowed - 1e-9 else "good"
-    return Headline(_SHARES.get(score.metric, score.metric), _change_text(score), detail, tone)
+    return Headline(_NAMES.get(score.metric, score.metric), _change_text(score), detail, tone)
 
 
 def _change_text(score: Score) -> str:
     if score.metric == "agreement":
         return percent(score.after, 1)  # the input agrees with itself
+    if score.metric == "psnr":
+        return _score_text(score, score.after)
     if score.metric in _SHARES:
         return f"{100 * score.before:.1f} → {percent(score.after, 1)}"
     return f"{score.before:.4f} → {score.after:.4f}"
 
 
 def _score_text(score: Score, value: float) -> str:
+    if score.metric == "psnr":
+        return f"{value:.1f} dB"
     return percent(value, 1) if score.metric in _SHARES else f"{value:.4f}"
+
+
+def _bound_text(score: Score) -> str:
+    if score.metric == "psnr":  # what is lost of the cap says nothing
+        return f"at least {plain_digits(round(score.before - score.allowed, 1))} dB wanted"
+    return f"{_allowed_text(score)} may be lost"
 
 
 def _allowed_text(score: Score) -> str:
@@ -132,6 +143,8 @@ def _accuracy_phrase(score: Score | None) -> str:
     after, before = _score_text(score, score.after), _score_text(score, score.before)
     if score.metric == "agreement":
         return f", with the same answer to {after} of the samples"
+    if score.metric == "psnr":
+        return f", with images {after} PSNR from the input's"
     name = _SHARES[score.metric].lower() if score.metric in _SHARES else score.metric
     return f", with {after} {name} instead of {before}"
 
@@ -177,7 +190,7 @@ def candidates_section(report: Report, tints: Mapping[str, str]) -> tuple[Sectio
         if score is None
         else [
             f"{score.metric} of what was written: {_score_text(score, score.after)}, of the input "
-            f"{_score_text(score, score.before)}; {_allowed_text(score)} may be lost. "
+            f"{_score_text(score, score.before)}; {_bound_text(score)}. "
             "A candidate that breaks this bound never gets here: see the steps."
         ]
     )

@@ -13,6 +13,7 @@ from edgewise.optimizer.benchmarking import Benchmark
 from edgewise.optimizer.files import make_folder, write_text
 from edgewise.optimizer.page import charts
 from edgewise.optimizer.page.blocks import Code, Headline, Page, Section, section
+from edgewise.optimizer.page.images import images_section
 from edgewise.optimizer.page.job import (
     accuracy_section,
     candidates_section,
@@ -105,6 +106,7 @@ def _(report: Report) -> Page:
         ),
         sections=(
             *overview_section(report),
+            *images_section(report.images),
             *(
                 ()
                 if latency is None

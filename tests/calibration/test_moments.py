@@ -14,7 +14,8 @@ from rewrites import build
 
 from edgewise.calibration.edits import anchors
 from edgewise.calibration.kernels import kernel_rows
-from edgewise.calibration.moments import Moments, collect_moments, patches
+from edgewise.calibration.moments import Moments, collect_moments
+from edgewise.calibration.patches import Reader, sampled
 from edgewise.calibration.target import X86_VNNI
 from edgewise.passes.quant_plan import QuantPlan
 from edgewise.runtime.errors import InputError
@@ -50,7 +51,9 @@ def test_patches_times_weights_is_the_convolution(name: str) -> None:
     output = Evaluator(model).run(feed)["y"]
     rows = kernel_rows(anchor.node, anchor.weights.array)
     rows = rows.reshape(anchor.groups, -1, rows.shape[1])
-    seen = patches(anchor, feed["x"], start=0.3)  # so few positions that all are taken
+    seen = sampled(
+        Reader.of(anchor.node, anchor.weights.array), feed["x"], start=0.3
+    )  # so few positions that all are taken
     product = (rows @ seen.transpose(0, 2, 1)).reshape(rows.shape[0] * rows.shape[1], -1)
     expected = np.moveaxis(output, 1, 0).reshape(product.shape)
     assert np.allclose(product, expected, atol=1e-4 * np.abs(expected).max())

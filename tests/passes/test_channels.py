@@ -239,6 +239,16 @@ def test_what_has_to_stay_is_taken_back() -> None:
     assert int(graph.settle(everything, multiple=2)[free].sum()) == 2
 
 
+def test_what_is_worth_most_is_taken_back() -> None:
+    graph = ChannelGraph.of(branches().graph, OPSET)
+    everything = {group: np.ones(group.size, np.bool_) for group in graph.groups}
+    (free,) = [group for group in graph.groups if not group.blocks]
+    worth = {group: np.zeros(group.size) for group in graph.groups}
+    worth[free][cut_in(free, "j", 1, 5)] = 1.0
+    settled = graph.settle(everything, worth=worth)
+    assert (settled[free] == cut_in(free, "j", 0, 2, 3, 4)).all(), "one of each branch stays, the dearest"
+
+
 def test_removal_is_all_or_nothing() -> None:
     model = branches()
     before = serialize(model)
@@ -262,6 +272,8 @@ def test_groups_of_a_convolution_stay_equal() -> None:
     none = {g: np.zeros(g.size, np.bool_) for g in graph.groups}
     uneven = none | {group["a"]: cut_in(group["a"], "a", 0, 2, 4)}
     assert (graph.settle(uneven)[group["a"]] == cut_in(group["a"], "a", 2, 4)).all()
+    worth = {g: np.zeros(g.size) for g in graph.groups} | {group["a"]: np.arange(6.0)}
+    assert (graph.settle(uneven, worth=worth)[group["a"]] == cut_in(group["a"], "a", 0, 4)).all()
     whole = none | {
         group["a"]: cut_in(group["a"], "a", 0, 1, 2, 4),
         group["b"]: cut_in(group["b"], "b", 0, 1),

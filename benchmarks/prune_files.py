@@ -1,0 +1,116 @@
+"""The pruned files that are compared, edgewise's and Torch-Pruning's, and what is left in them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import prune_rival
+from int8_jobs import Row, Setting
+from int8_nets import CALIBRATE, Net
+from prune_rival import Request
+from zeroed import parameters
+
+from edgewise.calibration.data import Samples
+from edgewise.optimizer import files, prune, quantize
+from edgewise.optimizer.inspection import count_macs
+from edgewise.optimizer.recipe import Prune, Quantize, Recipe
+from edgewise.runtime.errors import EdgewiseError
+from edgewise.runtime.foreign import foreign_code
+
+HALF = 0.5
+"""The share of the MACs that stays."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A file and the seconds it took, or the line in which it failed."""
+
+    path: Path
+    seconds: float = 0.0
+    failure: str = ""
+
+
+def ours(net: Net, setting: Setting, name: str, *, int8: bool = False, metric: str = "", **by: Any) -> Made:
+    """What `edgewise prune` makes of a net by these options, from inputs without labels."""
+    out = setting.folder / f"{net.name}.{name}.onnx"
+    recipe = Recipe(
+        prune=Prune(**by),
+        quantize=Quantize() if int8 else None,
+        metric=metric or None,
+        threads=setting.threads,
+    )
+    return attempted(out, lambda: prune(net.path, out, data=samples(net, setting), recipe=recipe, force=True))
+
+
+def in_int8(source: Path, net: Net, setting: Setting) -> Made:
+    """A file in int8, whatever it costs in accuracy."""
+    out = setting.folder / f"{source.stem}.int8.onnx"
+    recipe = Recipe(threads=setting.threads, objective="size", max_drop=1.0)
+    return attempted(
+        out, lambda: quantize(source, out, data=samples(net, setting), recipe=recipe, force=True)
+    )
+
+
+def attempted(out: Path, make: Callable[[], object]) -> Made:
+    """What is made at `out`; whatever goes wrong is an answer too."""
+    start = time.perf_counter()
+    try:
+        with foreign_code("failed"):
+            make()
+    except EdgewiseError as error:
+        return Made(out, time.perf_counter() - start, str(error))
+    return Made(out, time.perf_counter() - start)
+
+
+@cache
+def samples(net: Net, setting: Setting) -> Samples:
+    """The inputs that edgewise gets, without labels."""
+    return net.samples(CALIBRATE, setting.samples)
+
+
+def theirs(net: Net, setting: Setting, name: str, *, estimated: bool = False, **goal: Any) -> Made:
+    """What Torch-Pruning makes of the same net.
+
+    With `estimated` its batch norms see the inputs that edgewise gets.
+    """
+    images, out = Path(), setting.folder / f"{net.name}.{name}.torch-pruning.onnx"
+    if estimated and setting.rivals:
+        images = setting.folder / f"{net.name}.images.npy"
+        feeds = net.feeds(CALIBRATE, setting.samples)
+        np.save(images, np.concatenate([next(iter(feed.values())) for feed in feeds]))
+    source = net.name if net.title else str(net.path)
+    request = Request(source, str(out), images=str(images) if images.name else "", **goal)
+    found = prune_rival.attempt(setting.rivals, request)
+    return Made(out, found.seconds, found.failure)
+
+
+def left(before: Path, after: Path) -> Row:
+    """Percent of the MACs, the parameters and the bytes that stay."""
+    old, new = files.load(before), files.load(after)
+    return {
+        "MACs %": 100 * count_macs(new).total / count_macs(old).total,
+        "parameters %": 100 * parameters(new) / parameters(old),
+        "bytes %": 100 * files.file_bytes(after) / files.file_bytes(before),
+    }
+
+
+def reached(rows: Sequence[Row], column: str = "reached") -> str:
+    """How many of the lines that have something to reach do so, and which do not."""
+    judged = [row for row in rows if row.get(column) is not None]
+    short = [
+        " ".join(str(row[key]) for key in ("model", "file") if key in row)
+        for row in judged
+        if not row[column]
+    ]
+    return f"{len(judged) - len(short)} of {len(judged)}; missed: {', '.join(short) or 'none'}"
+
+
+def present(made: Mapping[str, Made]) -> dict[str, Path]:
+    """The files that there are."""
+    return {name: m.path for name, m in made.items() if not m.failure}

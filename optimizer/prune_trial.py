@@ -1,0 +1,196 @@
+"""One amount of pruning, tried: channels leave, and what stays is given its accuracy back."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import onnx_ir as ir
+
+from edgewise.calibration.data import Samples
+from edgewise.optimizer.int8 import Split
+from edgewise.optimizer.ladder import report
+from edgewise.optimizer.parallel import pack, unpack
+from edgewise.optimizer.pipeline import Progress, StepReport, no_progress
+from edgewise.optimizer.pricing import ByMacs, Pricing, price
+from edgewise.optimizer.recipe import Prune
+from edgewise.optimizer.yardstick import Yardstick
+from edgewise.passes.channel_links import Indices
+from edgewise.passes.remove_channels import PrunePlan, RemoveChannels, survivors
+from edgewise.training.importance import Scores, score
+from edgewise.training.options import Epoch, History, TrainOptions
+from edgewise.training.refit import recover_closed_form
+from edgewise.training.selection import select, uniform
+
+_SCORING = 512  # samples that score channels and refit layers: more tell little new
+_BATCH = 64
+_WORK = 2.5e12  # multiply-accumulates of a distillation: about two minutes of two cores
+_MOST_EPOCHS = 60
+_BACKWARD = 3  # a step forward and back takes as long as three forward
+
+Kept = Mapping[tuple[str, int], Indices]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What the trials of a job share: the model that is pruned, samples, and what its channels are worth.
+
+    `pricing` says what a budget is a share of, and `macs` what work a training is. What an interrupted
+    training goes on from is kept in `folder`.
+    """
+
+    model: ir.Model
+    parts: Split
+    scores: Scores
+    pricing: Pricing
+    macs: ByMacs
+    options: Prune
+    seed: int = 0
+    threads: int | None = None
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What became of the model at `budget`, the share of its cost that may stay."""
+
+    budget: float
+    model: ir.Model
+    steps: tuple[StepReport, ...]
+    history: History | None = None
+
+
+def work(shared: bytes, budget: float) -> bytes:
+    """One trial by a worker."""
+    return pack(try_out(unpack(shared), budget))
+
+
+def try_out(task: Task, budget: float, progress: Progress = no_progress) -> Trial:
+    """Cut the model to `budget` of its cost and recover it, in as many steps as the options say."""
+    now, count = _State(task.model), task.options.schedule
+    yardstick = Yardstick(task.model, task.parts.choose, threads=task.threads)
+    for number in range(1, count + 1):
+        # Much at first, where most is to spare: the cubic schedule of Zhu and Gupta (2017, arXiv 1710.01878).
+        left = budget + (1 - budget) * (1 - number / count) ** 3
+        now = _Step(task, yardstick, now, f"{budget:.4f}-{number}", progress).to(left)
+    return Trial(budget, now.model, now.steps, now.history)
+
+
+def scored(model: ir.Model, task_samples: Samples, options: Prune, seed: int, threads: int | None) -> Scores:
+    """What the channels of a model are worth, on as many samples as that takes."""
+    few = task_samples.take(range(min(len(task_samples), _SCORING)))
+    return score(model, options.score, few, seed=seed, threads=threads, memory=options.memory)
+
+
+def planned(task: Task, model: ir.Model, scores: Scores, budget: float) -> PrunePlan:
+    """The channels that leave, for a share of the cost or, with a ratio, of the channels."""
+    if task.options.ratio is not None:
+        return uniform(model, scores, 1 - budget)
+    return select(model, scores, task.pricing(model), budget)
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """A model on its way: what it has left of the values of the task's model, and of its cost."""
+
+    model: ir.Model
+    kept: Kept = field(default_factory=dict)
+    left: float = 1.0
+    steps: tuple[StepReport, ...] = ()
+    history: History | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One cut, and the recovery from it. Each part of the recovery stays only where it helps."""
+
+    task: Task
+    yardstick: Yardstick
+    before: _State
+    name: str
+    progress: Progress
+
+    def to(self, left: float) -> _State:
+        """The state with `left` of the cost of the task's model, or of its channels."""
+        start, task, before = time.perf_counter(), self.task, self.before
+        self.progress("choose channels", 0, 1)
+        first = before.model is task.model
+        scores = task.scores if first else self._scores()
+        plan = planned(task, before.model, scores, left / before.left)
+        cut = RemoveChannels(plan).on(before.model)
+        share = price(cut, task.macs) / price(task.model, task.macs)
+        done = report(RemoveChannels(plan).label, len(plan), True, f"{share:.1%} of the MACs left", start)
+        now = _State(cut, self._kept(plan), left, (*before.steps, done), before.history)
+        if task.options.recover != "none":
+            now = self._refitted(now, plan)
+        return self._distilled(now) if task.options.recover == "distill" else now
+
+    def _scores(self) -> Scores:
+        task = self.task
+        return scored(self.before.model, task.parts.calibrate, task.options, task.seed, task.threads)
+
+    def _kept(self, plan: PrunePlan) -> Kept:
+        """What is left of the values of the task's model, of which some may have left before."""
+        kept = dict(self.before.kept)
+        for key, stay in survivors(self.before.model, plan).items():
+            kept[key] = kept[key][stay] if key in kept else stay
+        return MappingProxyType(kept)
+
+    def _refitted(self, now: _State, plan: PrunePlan) -> _State:
+        task, samples = self.task, self.task.parts.calibrate
+        start = time.perf_counter()
+        fitted = recover_closed_form(
+            self.before.model,
+            plan,
+            samples.take(range(min(len(samples), _SCORING))),
+            threads=task.threads,
+            memory=task.options.memory,
+            progress=lambda done, total: self.progress("refit layers", done, total),
+        )
+        return self._better(now, fitted, "closed-form recovery", start)
+
+    def _distilled(self, now: _State) -> _State:
+        from edgewise.training.distillation import distill  # brings torch, which takes a second
+
+        task, start = self.task, time.perf_counter()
+        options = self._training(now.model)
+        trained = distill(
+            task.model,
+            now.model,
+            task.parts.calibrate,
+            task.parts.choose,
+            options,
+            staying=now.kept,
+            checkpoint=None if task.folder is None else task.folder / f"{self.name}.npz",
+            threads=task.threads,
+            progress=lambda epoch: self._tell(epoch, options),
+        )
+        now = dataclasses.replace(now, history=trained.history)
+        return self._better(now, trained.model, "distillation", start)
+
+    def _tell(self, epoch: Epoch, options: TrainOptions) -> None:
+        self.progress("distil", epoch.number, options.epochs or 1)
+
+    def _training(self, student: ir.Model) -> TrainOptions:
+        """As many epochs as the effort pays for: in work, not in time, so that the next run is the same."""
+        task = self.task
+        each = _BACKWARD * price(student, task.macs) + price(task.model, task.macs)
+        rows = len(task.parts.calibrate)
+        epochs = round(task.options.effort * _WORK / task.options.schedule / (each * rows))
+        return TrainOptions(
+            epochs=min(max(epochs, 1), _MOST_EPOCHS),
+            batch=max(1, min(_BATCH, rows // 4)),
+            seed=task.seed,
+            memory=task.options.memory,
+        )
+
+    def _better(self, now: _State, made: ir.Model, name: str, start: float) -> _State:
+        """The state with the recovered model, if that is nearer to the original."""
+        before, after = self.yardstick.decibels(now.model), self.yardstick.decibels(made)
+        step = report(name, 1, after > before, f"{before:.1f} -> {after:.1f} dB", start)
+        model = made if after > before else now.model
+        return dataclasses.replace(now, model=model, steps=(*now.steps, step))

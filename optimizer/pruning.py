@@ -1,0 +1,358 @@
+"""Pruning under a bound: as little of the model is kept as the bound allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from edgewise.calibration.data import Samples
+from edgewise.calibration.partial import Origin
+from edgewise.calibration.plan import plan
+from edgewise.calibration.target import target_of
+from edgewise.optimizer import files
+from edgewise.optimizer.int8 import Split, prepare
+from edgewise.optimizer.judge import Judge
+from edgewise.optimizer.ladder import calibrate_for_int8
+from edgewise.optimizer.parallel import pack, unpack, workers_for
+from edgewise.optimizer.pipeline import Progress, Reference, StepReport, run_passes
+from edgewise.optimizer.pricing import (
+    ByBytes,
+    ByMacs,
+    ByParameters,
+    ByTime,
+    Priced,
+    Pricing,
+    price,
+    shapes_of,
+)
+from edgewise.optimizer.prune_trial import Task, Trial, planned, scored, try_out, work
+from edgewise.optimizer.recipe import Prune, Recipe
+from edgewise.optimizer.report import Amount
+from edgewise.optimizer.width_probe import Bench, measure_widths
+from edgewise.passes import parse
+from edgewise.passes.insert_qdq import InsertQdq
+from edgewise.passes.remove_channels import RemoveChannels
+from edgewise.runtime.conditions import Conditions
+from edgewise.runtime.errors import EdgewiseError
+from edgewise.runtime.evaluate import Feed
+from edgewise.runtime.latency import measure
+from edgewise.training.options import History
+
+PREPARATION = (
+    "freeze-inputs",
+    "inline-functions",
+    "lift-constants",
+    "upgrade-opset",
+    "infer-shapes",
+    "fold-shapes",
+    "fold-constants",
+    "drop-zero-states",
+    "drop-identity",
+    "drop-no-ops",
+    "split-before-transpose",
+    "merge-reshapes",
+)
+"""What lets channels be seen. Norms stay: scores and training know what to do with them."""
+
+MEGABYTE = 1e6
+
+_FEWEST = 16  # samples
+_MOST_JUDGES = 1000
+_MOST_CHOOSING = 200
+_SECONDS = 4.0  # for a latency that is only a step towards the bound
+_FIRST = 0.5  # of the cost: the amount that is tried first
+_LEAST = 0.02
+_CLOSE = 1.08  # amounts that are nearer to each other are not worth a trial between them
+_NEAR = 0.97  # of a limit: near enough
+_STEPS = 6  # towards a limit that has to be measured
+_EASIER = 1.25
+_FOR_INT8 = 32  # samples that calibrate where it is only asked whether int8 would do
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """How the search ended. `model` is None where no amount keeps the bound: `why` says what was reached."""
+
+    model: ir.Model | None
+    steps: tuple[StepReport, ...] = ()
+    amounts: tuple[Amount, ...] = ()
+    history: History | None = None
+    why: str = ""
+
+
+Cost = Callable[[ir.Model], float]
+"""What a bound is about, of a pruned model that nothing was done to yet."""
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What the search for the right amount stands on. Trials that are done are kept in the task's folder."""
+
+    task: Task
+    judge: Judge
+    recipe: Recipe
+    reference: Reference
+    progress: Progress
+
+    @property
+    def options(self) -> Prune:
+        return self.task.options
+
+    def for_metric(self) -> list[tuple[Trial, Amount]]:
+        """Trials around the smallest amount that keeps the bound on the metric."""
+        found: list[tuple[Trial, Amount]] = []
+        at_once = 1 if self.options.workers is None else self.options.workers
+        while len(found) < self.options.trials:
+            amounts = [amount for _, amount in found]
+            passed = min((a.budget for a in amounts if a.keeps_bound), default=1.0)
+            failed = max((a.budget for a in amounts if a.budget < passed), default=0.0)
+            if (failed and passed / failed < _CLOSE) or passed <= _LEAST:
+                break
+            low = failed or passed * _FIRST**2
+            step = (passed / low) ** (1 / (at_once + 1))
+            found += self.tried([passed / step ** (i + 1) for i in range(at_once)])
+        return found
+
+    def for_cost(self, cost: Cost, limit: float) -> list[tuple[Trial, Amount]]:
+        """The trial of about the largest budget that brings `cost` down to `limit`."""
+        return self.tried([self._budget(cost, limit)])
+
+    def _budget(self, cost: Cost, limit: float) -> float:
+        """By regula falsi: the cost falls with the budget, not quite in proportion.
+
+        Raises `EdgewiseError` where no budget keeps the limit, unless the best effort will do.
+        """
+        low, high, least, why = 0.0, 1.0, 0.0, ""
+        budget = min(limit / cost(self.task.model), 1.0)
+        for number in range(_STEPS):
+            self.progress("how much has to leave", number, _STEPS)
+            guess = (max(low, least) + high) / 2
+            try:
+                found = cost(self._cut(budget))
+            except EdgewiseError as error:  # so few channels cannot stay
+                least, why, guess = budget, str(error), (budget + high) / 2
+            else:
+                low, high = (budget, high) if found <= limit else (low, budget)
+                if _NEAR * limit <= found <= limit:
+                    break
+                guess = budget * limit / found
+            budget = guess if max(low, least) < guess < high else (max(low, least) + high) / 2
+        if not low and not self.options.best_effort:
+            raise EdgewiseError(
+                f"the bound cannot be reached: {why or 'what has to stay costs more'}; "
+                "with --best-effort as little as possible is kept"
+            )
+        return low or high
+
+    def _cut(self, budget: float) -> ir.Model:
+        task = self.task
+        return RemoveChannels(planned(task, task.model, task.scores, budget)).on(task.model)
+
+    def tried(self, budgets: Sequence[float]) -> list[tuple[Trial, Amount]]:
+        """One trial a budget, several at once where there are workers; those done before are read."""
+        files = {budget: self._file(budget) for budget in budgets}
+        known = {b: unpack(f.read_bytes()) for b, f in files.items() if f is not None and f.exists()}
+        made = dict(
+            zip(
+                [b for b in budgets if b not in known],
+                self._run([b for b in budgets if b not in known]),
+                strict=True,
+            )
+        )
+        for budget, trial in made.items():
+            if (file := files[budget]) is not None:
+                file.write_bytes(pack(trial))
+        trials = {**known, **made}
+        return [(trials[b], self._amount(trials[b])) for b in budgets]
+
+    def _run(self, budgets: Sequence[float]) -> list[Trial]:
+        if len(budgets) < 2 and self.options.ray is None:
+            return [try_out(self.task, b, self._told(b)) for b in budgets]
+        alone = dataclasses.replace(self.task, threads=1)
+        with workers_for(work, pack(alone), len(budgets), self.options.ray) as over:
+            return [unpack(answer) for answer in over(budgets)]
+
+    def _told(self, budget: float) -> Progress:
+        return lambda stage, done, total: self.progress(f"{budget:.0%} left: {stage}", done, total)
+
+    def _file(self, budget: float) -> Path | None:
+        return None if self.task.folder is None else self.task.folder / f"{budget:.4f}.trial"
+
+    def _amount(self, trial: Trial) -> Amount:
+        """What a trial came to."""
+        task, model = self.task, trial.model
+        found = Amount(
+            budget=trial.budget,
+            macs=price(model, task.macs) / price(task.model, task.macs),
+            parameters=int(price(model, ByParameters())),
+            bytes=int(price(model, ByBytes())),
+            score=self.judge.score(model),
+            int8_score=self._int8_score(model),
+            keeps_bound=True,
+        )
+        keeps = not self.options.bounds_metric or found.worst >= self.judge.floor
+        return dataclasses.replace(found, keeps_bound=keeps)
+
+    def exact(self, model: ir.Model) -> ir.Model:
+        """The model after the recipe's exact passes, held to its own outputs."""
+        return run_passes(model, self.recipe.chain, Reference(model, self.reference.feeds))[0]
+
+    def _int8_score(self, model: ir.Model) -> float | None:
+        """The score in int8 by the target's rules, which is quickly found; None where none is wanted."""
+        options, target = self.recipe.quantize, target_of(self.recipe.target)
+        if options is None:
+            return None
+        ready, _ = prepare(self.exact(model), options, Reference(model, self.reference.feeds))
+        samples = self.task.parts.calibrate
+        few = samples.take(range(min(len(samples), _FOR_INT8)))
+        table = calibrate_for_int8(ready, few, options, target, threads=self.task.threads)
+        by = dataclasses.replace(options.options, method=options.methods[0])
+        chosen = plan(ready, table, by, target)
+        return self.judge.score(InsertQdq(chosen).on(ready)) if chosen.quantized else None
+
+
+def split_to_prune(samples: Samples, seed: int) -> Split:
+    """Samples to learn from, to stop learning by, and to judge by, drawn at random and apart.
+
+    Raises `EdgewiseError` where there are too few.
+    """
+    count = len(samples)
+    if count < _FEWEST:
+        raise EdgewiseError(
+            f"{count} samples are too few to learn from some and judge by others: give {_FEWEST} or more, "
+            "better hundreds (labels are not needed)"
+        )
+    judges, chooses = min(count // 4, _MOST_JUDGES), min(count // 8, _MOST_CHOOSING)
+    order = np.random.default_rng(seed).permutation(count)
+    judge, choose, learn = np.split(order, [judges, judges + chooses])
+    return Split(*(samples.take(np.sort(part)) for part in (learn, choose, judge)))
+
+
+@contextmanager
+def trials_beside(output: Path) -> Iterator[Path]:
+    """Where a job that writes `output` keeps its trials: a folder that only an interrupted one leaves behind."""
+    folder = output.with_name(f"{output.name}.trials.part")
+    interrupted = False
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
+    finally:
+        if not interrupted:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_pruned(
+    original: ir.Model,
+    parts: Split,
+    judge: Judge,
+    reference: Reference,
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    progress: Progress,
+) -> Pruned:
+    """Prune `original` as the recipe says, and give back the best of all that was tried.
+
+    Trials are kept in `folder`, from which an interrupted search goes on. Raises `EdgewiseError` where
+    nothing can be pruned, where a bound other than that on the metric cannot be reached, and where the metric
+    cannot tell a good model from a broken one.
+    """
+    options = recipe.prune or Prune()
+    if judge.is_blind:
+        raise EdgewiseError(
+            f"{judge.metric.name} is the same when every sample gets the outputs of the first, so it cannot "
+            "bound what pruning costs: give more samples, or another --metric"
+        )
+    ready, prepared = run_passes(original, [parse(spec) for spec in PREPARATION], reference)
+    progress("what every channel is worth", 0, 1)
+    scores = scored(ready, parts.calibrate, options, recipe.seed, recipe.threads)
+    feed = next(iter(parts.calibrate))
+    macs = ByMacs(shapes_of(feed))
+    progress("what every channel costs", 0, 1)
+    pricing = _pricing(recipe, feed, macs, ready)
+    task = Task(ready, parts, scores, pricing, macs, options, recipe.seed, recipe.threads)
+    if folder is not None:
+        task = dataclasses.replace(task, folder=_folder(task, folder))
+    search = Search(task, judge, recipe, reference, progress)
+    if options.bounds_metric:
+        tried = search.for_metric()
+    elif options.ratio is not None:
+        tried = search.tried([1 - options.ratio])
+    else:
+        tried = search.for_cost(*_limit(search, feed))
+    return _best(search, tried, prepared)
+
+
+def _folder(task: Task, root: Path) -> Path:
+    """Where trials of just this task are kept: another model, other samples or options have another place."""
+    origin = Origin.of(task.model, (), task.parts.calibrate)
+    said = f"{origin} {task.options} {task.seed} {type(task.pricing).__name__}"
+    folder = root / hashlib.sha256(said.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _pricing(recipe: Recipe, feed: Feed, macs: ByMacs, model: ir.Model) -> Pricing:
+    """What a budget is a share of: what counts to whom the model is for."""
+    options = recipe.prune or Prune()
+    if recipe.objective == "size" or options.max_size is not None:
+        return ByBytes(1.0 if recipe.quantize is not None else None)
+    if recipe.benchmark is None or options.ratio is not None:
+        return macs
+    bench = Bench(provider=recipe.target, threads=recipe.threads)
+    return Priced(measure_widths(model, feed, bench)) if options.schedule == 1 else ByTime(feed, bench)
+
+
+def _limit(search: Search, feed: Feed) -> tuple[Cost, float]:
+    """What is bounded, and by how much."""
+    task, options, recipe = search.task, search.options, search.recipe
+    if options.max_macs is not None:
+        whole = price(task.model, task.macs)
+        return lambda model: price(model, task.macs) / whole, options.max_macs
+    if options.max_size is not None:
+        weights = ByBytes(1.0 if recipe.quantize is not None else None)
+        return lambda model: price(search.exact(model), weights) / MEGABYTE, options.max_size
+    assert options.max_latency is not None  # or it would be a bound on the metric
+    return lambda model: _milliseconds(search.exact(model), feed, recipe), options.max_latency
+
+
+def _milliseconds(model: ir.Model, feed: Feed, recipe: Recipe) -> float:
+    with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
+        path = files.save(model, Path(folder) / "model.onnx")
+        where = Conditions(provider=recipe.target, threads=recipe.threads)
+        (found,) = measure({"model": path}, feed=feed, conditions=where, max_seconds=_SECONDS).models
+    if found.failed:
+        raise EdgewiseError(f"the pruned model cannot be measured: {found.failed}")
+    return found.median_ms
+
+
+def _best(search: Search, tried: Sequence[tuple[Trial, Amount]], prepared: tuple[StepReport, ...]) -> Pruned:
+    """Of those that keep the bound the one with least left; with best effort else the best of the others."""
+    amounts = tuple(sorted((amount for _, amount in tried), key=lambda a: a.budget))
+    able = [pair for pair in tried if pair[1].keeps_bound]
+    best, reached = max(tried, key=lambda pair: pair[1].worst)
+    why = ""
+    if not able:
+        why = (
+            f"no amount of pruning keeps {search.judge.metric.name} at {search.judge.floor:.4f} or more: "
+            f"{reached.worst:.4f} was reached with {reached.macs:.0%} of the multiply-accumulates"
+        )
+        if not search.options.best_effort:
+            return Pruned(None, (), amounts, None, why)
+    chosen = min(able, key=lambda pair: pair[1].budget)[0] if able else best
+    exact, steps = run_passes(
+        chosen.model, search.recipe.chain, Reference(chosen.model, search.reference.feeds)
+    )
+    told = tuple(s for s in (*prepared, *chosen.steps, *steps) if s.status != "no change")
+    return Pruned(exact, told, amounts, chosen.history, why)

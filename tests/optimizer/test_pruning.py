@@ -1,0 +1,177 @@
+"""Pruning under a bound, on a network that was really trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="pruning with distillation needs torch")
+
+from edgewise.calibration.data import from_arrays
+from edgewise.models.digits import load_digits, load_digits_net
+from edgewise.optimizer import files, prune
+from edgewise.optimizer.pipeline import no_progress
+from edgewise.optimizer.pruning import split_to_prune
+from edgewise.optimizer.recipe import Prune, Recipe
+from edgewise.optimizer.report import Report
+from edgewise.optimizer.torch_export import export
+from edgewise.runtime.errors import EdgewiseError, InputError
+from edgewise.runtime.evaluate import TensorSpec
+
+EFFORT = 0.004
+"""Of the default: some epochs of a small net."""
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits network in a folder with unlabelled samples beside it."""
+    folder = tmp_path_factory.mktemp("digits")
+    export(load_digits_net(), ["image=1x1x8x8"], folder / "net.onnx")
+    np.savez(folder / "samples.npz", image=load_digits().train_images[:320])
+    return folder
+
+
+def pruned(folder: Path, out: Path, *, data: str = "samples.npz", **options: object) -> Report:
+    """The job, in float and without a benchmark unless `options` say otherwise."""
+    recipe = Recipe(quantize=None, benchmark=None, threads=1)
+    chosen = {key: value for key, value in options.items() if key in Recipe.model_fields}
+    rest = {"effort": EFFORT, **{k: v for k, v in options.items() if k not in chosen}}
+    recipe = recipe.with_options(**chosen, prune=Prune(**rest).model_dump())
+    return prune(folder / "net.onnx", out, data=str(folder / data), recipe=recipe)
+
+
+def test_half_of_the_work_leaves_and_the_answers_stay(digits: Path, tmp_path: Path) -> None:
+    report = pruned(digits, tmp_path / "out.onnx", max_macs=0.5, recover="closed-form")
+    (amount,) = report.amounts
+    assert 0.4 < amount.macs <= 0.5
+    assert report.output.parameters < 0.75 * report.input.parameters
+    assert report.chosen == "pruned"
+    assert report.score is not None
+    assert report.score.after >= 0.9
+    files.load(tmp_path / "out.onnx")
+
+
+def test_distillation_is_told_and_does_no_harm(digits: Path, tmp_path: Path) -> None:
+    report = pruned(digits, tmp_path / "out.onnx", max_macs=0.3)
+    assert report.history is not None
+    assert report.history.best.held_back <= report.history.start.held_back
+    steps = {step.step: step.status for step in report.steps}
+    assert steps["closed-form recovery"] == "applied"
+    assert steps["distillation"] in ("applied", "left out")
+    json.dumps(report.to_dict())
+    assert "Amounts of pruning" in report.to_markdown()
+
+
+def test_a_bound_on_the_metric_is_kept_by_what_is_written(digits: Path, tmp_path: Path) -> None:
+    report = pruned(digits, tmp_path / "out.onnx", max_drop=0.02, trials=3, recover="closed-form")
+    assert report.score is not None
+    assert report.score.after >= report.score.before - report.score.allowed
+    kept = [a.budget for a in report.amounts if a.keeps_bound]
+    lost = [a.budget for a in report.amounts if not a.keeps_bound]
+    assert min(kept) < 1
+    assert all(budget < min(kept) for budget in lost)
+
+
+def test_the_ratio_is_of_every_layers_channels(digits: Path, tmp_path: Path) -> None:
+    report = pruned(digits, tmp_path / "out.onnx", ratio=0.5, recover="none")
+    assert report.output.parameters < 0.4 * report.input.parameters
+
+
+def test_the_size_is_that_of_the_file(digits: Path, tmp_path: Path) -> None:
+    wanted = 0.15 * (digits / "net.onnx").stat().st_size / 1e6
+    report = pruned(digits, tmp_path / "out.onnx", max_size=wanted, recover="none")
+    assert 0.8 * wanted < report.output.bytes / 1e6 < 1.05 * wanted  # the stamp is not counted
+
+
+def test_the_same_seed_gives_the_same_file(digits: Path, tmp_path: Path) -> None:
+    for name in ("a.onnx", "b.onnx"):
+        pruned(digits, tmp_path / name, max_macs=0.5, schedule=2)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_an_interrupted_search_goes_on(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was tried before the interrupt is not tried again, and the end is the same."""
+    from edgewise.optimizer import pruning
+
+    options = {"max_drop": 0.02, "trials": 2, "recover": "closed-form"}
+    pruned(digits, tmp_path / "whole.onnx", **options)
+    tried: list[float] = []
+    real = pruning.try_out
+
+    def interrupted(task: pruning.Task, budget: float, progress: pruning.Progress = no_progress) -> object:
+        tried.append(budget)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return real(task, budget, progress)
+
+    monkeypatch.setattr(pruning, "try_out", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pruned(digits, tmp_path / "out.onnx", **options)
+    assert not (tmp_path / "out.onnx").exists()
+    pruned(digits, tmp_path / "out.onnx", **options)
+    assert len(tried) == 3
+    assert tried[1] == tried[2]
+    assert (tmp_path / "out.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_int8_follows_under_the_same_bound(digits: Path, tmp_path: Path) -> None:
+    recipe = Recipe().quantize
+    assert recipe is not None
+    quantize = recipe.model_copy(update={"search": False, "ladder": (), "methods": ("minmax",)})
+    report = pruned(
+        digits, tmp_path / "out.onnx", max_drop=0.03, trials=1, recover="closed-form",
+        quantize=quantize.model_dump(),
+    )  # fmt: skip
+    assert report.amounts[0].int8_score is not None
+    assert report.chosen == "int8"
+    assert report.output.bytes < 0.3 * report.input.bytes
+
+
+def test_two_processes_try_two_amounts(digits: Path, tmp_path: Path) -> None:
+    report = pruned(digits, tmp_path / "out.onnx", max_drop=0.05, trials=2, workers=2, recover="none")
+    assert len(report.amounts) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_macs": 0.001}, "cannot be reached"),
+        ({"min_metric": 1.5, "recover": "none", "trials": 1}, "no amount of pruning keeps agreement"),
+        ({"max_macs": 0.5, "metric": "numpy:isfinite"}, "metric numpy:isfinite failed"),
+        ({"max_macs": 0.5, "data": "two.npz"}, "too few"),
+        ({"max_macs": 0.5, "data": "alike.npz"}, "cannot bound"),
+    ],
+)
+def test_what_cannot_be_done_is_told_and_nothing_written(
+    digits: Path, tmp_path: Path, options: dict[str, object], words: str
+) -> None:
+    images = load_digits().train_images
+    np.savez(digits / "two.npz", image=images[:2])
+    np.savez(digits / "alike.npz", image=np.repeat(images[:1], 64, axis=0))
+    with pytest.raises(EdgewiseError, match=words):
+        pruned(digits, tmp_path / "out.onnx", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_best_effort_is_written_with_a_word(digits: Path, tmp_path: Path) -> None:
+    options = {"min_metric": 1.5, "recover": "none", "trials": 1, "best_effort": True}
+    report = pruned(digits, tmp_path / "out.onnx", **options)
+    assert any("no amount of pruning keeps" in note for note in report.notes)
+    assert (tmp_path / "out.onnx").exists()
+
+
+def test_samples_are_needed(digits: Path, tmp_path: Path) -> None:
+    recipe = Recipe(prune=Prune(max_macs=0.5), benchmark=None)
+    with pytest.raises(InputError, match="pass them with --data"):
+        prune(digits / "net.onnx", tmp_path / "out.onnx", recipe=recipe)
+
+
+def test_parts_are_apart_and_all_there() -> None:
+    specs = (TensorSpec("x", np.dtype(np.float32), ("N", 1)),)
+    parts = split_to_prune(from_arrays({"x": np.arange(100, dtype=np.float32)[:, None]}, specs), seed=0)
+    seen = [feed["x"].item() for part in (parts.calibrate, parts.choose, parts.judge) for feed in part]
+    assert sorted(seen) == list(range(100))
