@@ -1,22 +1,22 @@
-"""The networks that train generators and are thrown away then: critics and the encoder of a VAE."""
+"""The networks that train generators and are thrown away then: critics and encoders of VAEs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
-from edgewise.models.generator_nets import CLASSES, START, VaeDecoder
+from edgewise.models.generator_nets import CLASSES, START, VAE_LATENT
 
 
 class Critic(nn.Module):
     """Says how real an image is; smooth by spectral norm (Miyato et al. 2018, arXiv 1802.05957).
 
-    float32 image (batch, 1, side, side) -> score (batch,). With `classes` it judges the image as one of its
-    label, by a projection (Miyato and Koyama 2018, arXiv 1802.05637).
+    float32 image (batch, 1, side, side) -> score (batch,).
     """
 
-    def __init__(self, side: int, *, classes: int = 0, width: int = 32) -> None:
+    def __init__(self, side: int, *, width: int = 32) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 1
@@ -27,37 +27,35 @@ class Critic(nn.Module):
             channels, side = filters, side // 2
         self.layers = nn.Sequential(*layers, nn.Flatten())
         self.head = spectral_norm(nn.Linear(channels * START**2, 1))
-        self.labels = spectral_norm(nn.Embedding(classes, channels * START**2)) if classes else None
 
-    def forward(self, image: Tensor, label: Tensor | None = None) -> Tensor:
-        features = self.layers(image)
-        score: Tensor = self.head(features).squeeze(1)
-        if self.labels is None or label is None:
-            return score
-        fit: Tensor = (self.labels(label) * features).sum(dim=1)
-        return score + fit
+    def forward(self, image: Tensor) -> Tensor:
+        score: Tensor = self.head(self.layers(image)).squeeze(1)
+        return score
 
 
 class Encoder(nn.Module):
-    """The half of a VAE that is not deployed: float32 image (batch, 1, 32, 32) -> mean and log variance."""
+    """The half of a VAE that is not deployed.
 
-    def __init__(self) -> None:
+    float32 image (batch, 1, side, side) -> mean and log variance of its latents, (batch, 16) each. One that
+    `takes_label` is told the class of the image too, so that its latents say what the class does not.
+    """
+
+    def __init__(self, side: int, *, takes_label: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for before, after in ((1, 32), (32, 64), (64, 96)):
-            conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
-            layers += [conv, nn.BatchNorm2d(after), nn.ReLU()]
+        channels = 1
+        while side > START:
+            filters = channels + 32 if channels > 1 else 32
+            conv = nn.Conv2d(channels, filters, 3, stride=2, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(filters), nn.ReLU()]
+            channels, side = filters, side // 2
         self.layers = nn.Sequential(*layers, nn.Flatten())
-        self.head = nn.Linear(96 * START**2, 2 * VaeDecoder.LATENT)
+        self.head = nn.Linear(channels * START**2 + takes_label * CLASSES, 2 * VAE_LATENT)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance = self.head(self.layers(image)).chunk(2, dim=1)
+    def forward(self, image: Tensor, *label: Tensor) -> tuple[Tensor, Tensor]:
+        told = [functional.one_hot(one, CLASSES).float() for one in label]
+        mean, log_variance = self.head(torch.cat([self.layers(image), *told], dim=1)).chunk(2, dim=1)
         return mean, log_variance
-
-
-def critic_of(side: int, *, takes_label: bool) -> Critic:
-    """A critic of the size that fits a generator."""
-    return Critic(side, classes=CLASSES if takes_label else 0)
 
 
 def hinge(score: Tensor, sign: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Image generators of the common kinds: convolutional, fully connected, decoder of a VAE, conditional.
+"""Image generators of the common kinds: convolutional, fully connected, decoders of VAEs, one conditional.
 
 All are wider than their digits need, as such networks are.
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from edgewise.models.digits_net import DigitsNet
 
 LATENT = 32
+VAE_LATENT = 16
 CLASSES = 10
 LABEL_SIZE = 16
 START = 4  # height and width of the first map
@@ -25,9 +26,9 @@ class Dcgan(nn.Module):
     float32 latent (batch, 32) from a standard normal -> image (batch, 1, 32, 32) in [-1, 1].
     """
 
-    def __init__(self, inputs: int = LATENT, widths: Sequence[int] = (128, 64, 32)) -> None:
+    def __init__(self, widths: Sequence[int] = (128, 64, 32)) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.ConvTranspose2d(inputs, widths[0], START, bias=False)]
+        layers: list[nn.Module] = [nn.ConvTranspose2d(LATENT, widths[0], START, bias=False)]
         for before, after in pairwise(widths):
             layers += [nn.BatchNorm2d(before), nn.ReLU(), doubling(before, after)]
         layers += [nn.BatchNorm2d(widths[-1]), nn.ReLU(), doubling(widths[-1], 1, bias=True), nn.Tanh()]
@@ -70,11 +71,9 @@ class VaeDecoder(nn.Module):
     float32 latent (batch, 16) from a standard normal -> image (batch, 1, 32, 32) in [0, 1].
     """
 
-    LATENT = 16
-
-    def __init__(self, widths: Sequence[int] = (96, 64, 48)) -> None:
+    def __init__(self, inputs: int = VAE_LATENT, widths: Sequence[int] = (96, 64, 48)) -> None:
         super().__init__()
-        self.start = nn.Linear(self.LATENT, widths[0] * START**2)
+        self.start = nn.Linear(inputs, widths[0] * START**2)
         layers: list[nn.Module] = [nn.ReLU()]
         for before, after in pairwise(widths):
             layers += [_grown(before, after), nn.BatchNorm2d(after), nn.ReLU()]
@@ -90,19 +89,21 @@ def _grown(channels: int, filters: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(channels, filters, 3, stride=2, padding=1, output_padding=1)
 
 
-class ConditionalGan(nn.Module):
-    """A shorter `Dcgan` that draws the class it is told (Mirza and Osindero 2014, arXiv 1411.1784).
+class ConditionalVae(nn.Module):
+    """A shorter `VaeDecoder` that draws the class it is told (Sohn et al. 2015, "Learning structured output
+    representation using deep conditional generative models").
 
-    float32 latent (batch, 32) and int64 label (batch,) in 0..9 -> image (batch, 1, 16, 16) in [-1, 1].
+    float32 latent (batch, 16) from a standard normal and int64 label (batch,) in 0..9
+    -> image (batch, 1, 16, 16) in [0, 1].
     """
 
     def __init__(self, widths: Sequence[int] = (128, 64)) -> None:
         super().__init__()
         self.labels = nn.Embedding(CLASSES, LABEL_SIZE)
-        self.generator = Dcgan(LATENT + LABEL_SIZE, widths)
+        self.decoder = VaeDecoder(VAE_LATENT + LABEL_SIZE, widths)
 
     def forward(self, latent: Tensor, label: Tensor) -> Tensor:
-        image: Tensor = self.generator(torch.cat([latent, self.labels(label)], dim=1))
+        image: Tensor = self.decoder(torch.cat([latent, self.labels(label)], dim=1))
         return image
 
 

@@ -52,7 +52,7 @@ GENERATORS: Mapping[str, GeneratorFacts] = MappingProxyType(
         "dcgan": GeneratorFacts("Dcgan", 32, 32, -1.0),
         "mlp_gan": GeneratorFacts("MlpGan", 32, 16, -1.0),
         "vae_decoder": GeneratorFacts("VaeDecoder", 16, 32, 0.0),
-        "conditional_gan": GeneratorFacts("ConditionalGan", 32, 16, -1.0, takes_label=True),
+        "conditional_vae": GeneratorFacts("ConditionalVae", 16, 16, 0.0, takes_label=True),
     }
 )
 

@@ -24,18 +24,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewise.models import generator_nets
-from edgewise.models.critics import Encoder, critic_of, hinge
+from edgewise.models.critics import Critic, Encoder, hinge
 from edgewise.models.digits import FOLDER, IMAGES, load_digits
 from edgewise.models.generators import GENERATORS, GeneratorFacts
 from edgewise.models.train import write_checkpoint, write_manifest
 
 SEED = 0
 BATCH = 32
-STEPS = {"dcgan": 2000, "mlp_gan": 2500, "vae_decoder": 2500, "conditional_gan": 3000}
+STEPS = {"dcgan": 2000, "mlp_gan": 2500, "vae_decoder": 2500, "conditional_vae": 2500}
 GENERATOR_RATE = 4e-4
 CRITIC_RATE = 4e-4
 VAE_RATE = 2e-3
-PRIOR_WEIGHT = 0.5
+PRIOR_WEIGHTS = {"vae_decoder": 0.5, "conditional_vae": 0.15}
 DECAY = 0.995
 NORM_BATCHES = 50
 
@@ -59,14 +59,14 @@ def train(name: str, steps: int | None = None) -> nn.Module:
     digits = load_digits()
     images = torch.from_numpy(facts.real(digits.train_images))
     net: nn.Module = getattr(generator_nets, facts.network)()
-    if name == "vae_decoder":
-        return train_vae(net, images, facts, steps)
-    return train_gan(net, images, torch.from_numpy(digits.train_labels), facts, steps)
+    if weight := PRIOR_WEIGHTS.get(name):
+        return train_vae(net, images, torch.from_numpy(digits.train_labels), facts, steps, weight)
+    return train_gan(net, images, facts, steps)
 
 
-def train_gan(net: nn.Module, images: Tensor, labels: Tensor, facts: GeneratorFacts, steps: int) -> nn.Module:
-    """Generator and critic in turns, on equal labels; rates fall to zero over the second half."""
-    critic = critic_of(facts.side, takes_label=facts.takes_label)
+def train_gan(net: nn.Module, images: Tensor, facts: GeneratorFacts, steps: int) -> nn.Module:
+    """Generator and critic in turns; rates fall to zero over the second half."""
+    critic = Critic(facts.side)
     _to_fast_layout(net, critic)
     calm = copy.deepcopy(net)
     ours = torch.optim.Adam(net.parameters(), GENERATOR_RATE, betas=(0.5, 0.99))
@@ -75,14 +75,13 @@ def train_gan(net: nn.Module, images: Tensor, labels: Tensor, facts: GeneratorFa
         torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, 2 - 2 * i / steps)) for o in (ours, theirs)
     ]
     for step, chosen in enumerate(_batches(len(images), steps)):
-        label = (labels[chosen],) if facts.takes_label else ()
-        fake = net(torch.randn(BATCH, facts.latent), *label)
+        fake = net(torch.randn(BATCH, facts.latent))
         # One call for both: spectral norm takes one step a call.
-        score = critic(torch.cat([images[chosen], fake.detach()]), *(one.repeat(2) for one in label))
+        score = critic(torch.cat([images[chosen], fake.detach()]))
         loss = hinge(score[:BATCH], 1) + hinge(score[BATCH:], -1)
         _descend(theirs, loss)
         critic.requires_grad_(False)
-        _descend(ours, -critic(fake, *label).mean())
+        _descend(ours, -critic(fake).mean())
         critic.requires_grad_(True)
         _follow(calm, net)
         for schedule in schedules:
@@ -92,20 +91,23 @@ def train_gan(net: nn.Module, images: Tensor, labels: Tensor, facts: GeneratorFa
     return _with_norms_of_its_own(calm, facts)
 
 
-def train_vae(net: nn.Module, images: Tensor, facts: GeneratorFacts, steps: int) -> nn.Module:
+def train_vae(
+    net: nn.Module, images: Tensor, labels: Tensor, facts: GeneratorFacts, steps: int, prior_weight: float
+) -> nn.Module:
     """Encoder and decoder on cross-entropy of the pixels plus the divergence from the prior; the decoder."""
-    encoder = Encoder()
+    encoder = Encoder(facts.side, takes_label=facts.takes_label)
     _to_fast_layout(net, encoder)
     calm = copy.deepcopy(net)
     optimizer = torch.optim.Adam([*net.parameters(), *encoder.parameters()], VAE_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step, chosen in enumerate(_batches(len(images), steps)):
-        mean, log_variance = encoder(images[chosen])
+        label = (labels[chosen],) if facts.takes_label else ()
+        mean, log_variance = encoder(images[chosen], *label)
         latent = mean + torch.randn_like(mean) * (log_variance / 2).exp()
-        misfit = functional.binary_cross_entropy(net(latent), images[chosen], reduction="sum") / BATCH
+        misfit = functional.binary_cross_entropy(net(latent, *label), images[chosen], reduction="sum") / BATCH
         prior = (mean.square() + log_variance.exp() - log_variance - 1).sum() / (2 * BATCH)
         # Four by four pixels of an enlarged digit are one: they are one piece of evidence, not sixteen.
-        loss = misfit * (8 / facts.side) ** 2 + PRIOR_WEIGHT * prior
+        loss = misfit * (8 / facts.side) ** 2 + prior_weight * prior
         _descend(optimizer, loss)
         schedule.step()
         _follow(calm, net)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -142,8 +143,9 @@ def _pruned(
         raise EdgewiseError(f"{found.why}; --best-effort writes that, and --effort 4 learns for longer")
     told = (f"nothing is pruned: {found.why}",) if found.model is None else (found.why,) if found.why else ()
     kept = {} if found.model is None else {PRUNED: found.model}
-    if found.model is not None and not options.bounds_metric:  # int8 may cost as much as it may of the input
-        judge = _judge(start, parts.judge, recipe, judge.score(found.model) - judge.allowed)
+    if found.model is not None and not options.bounds_metric:  # then int8 may cost as much again, at most
+        spare = math.inf if recipe.quantize is None else judge.allowed
+        judge = _judge(start, parts.judge, recipe, judge.score(found.model) - spare)
     made = dataclasses.replace(
         made,
         models={**made.models, **kept},

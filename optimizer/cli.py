@@ -128,7 +128,8 @@ MetricName = Annotated[
     typer.Option(
         "--metric",
         metavar="NAME",
-        help="top1, agreement, fidelity, equality, or module:function(outputs, labels).",
+        help="top1, agreement, fidelity, equality, psnr, ssim, frechet:FEATURES.onnx,REAL, or "
+        "module:function(outputs, labels).",
     ),
 ]
 MaxDrop = Annotated[
@@ -589,11 +590,11 @@ def prune(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="What a channel is worth: reconstruction (default), taylor, gradient, fisher, ...",
+            help="What a channel is worth: fisher (default), taylor, gradient, reconstruction, ...",
         ),
     ] = None,
     recover: Annotated[
-        str | None, typer.Option(metavar="HOW", help="distill (default), closed-form or none.")
+        str | None, typer.Option(metavar="HOW", help="distill (default), closed-form, reestimate or none.")
     ] = None,
     effort: Annotated[
         float | None,

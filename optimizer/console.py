@@ -28,10 +28,19 @@ from edgewise.optimizer.plan_files import PlanReport
 from edgewise.optimizer.profile_view import profile_view
 from edgewise.optimizer.profiling import ProfileReport
 from edgewise.optimizer.recipe import Recipe
-from edgewise.optimizer.report import Candidate, Report, size_text, summary_rows
+from edgewise.optimizer.report import (
+    AMOUNT_COLUMNS,
+    Amount,
+    Candidate,
+    Report,
+    amount_rows,
+    size_text,
+    summary_rows,
+)
 from edgewise.optimizer.torch_export import ExportReport
 from edgewise.passes.prune_channels import ChannelCount
 from edgewise.runtime.latency import LatencyReport, ModelLatency, Ratio
+from edgewise.training.options import History
 
 _STATUS_STYLES = {"applied": "green", "left out": "dim", "rolled back": "yellow", "no change": "dim"}
 _VERDICT_STYLES = {"faster": "green", "slower": "red"}
@@ -77,6 +86,8 @@ def _(report: Report) -> RenderableType:
         _table(("", "input", "output"), summary_rows(report), folds=(1, 2)),
         *([_facts(("as asked", change) for change in report.changes)] if report.changes else []),
         _steps(report.steps),
+        *_amounts(report.amounts),
+        *_learned(report.history),
         *([_candidates(report.candidates)] if report.latency is not None else []),
         *_outputs(report.differences),
         *_ort(report.ort),
@@ -367,6 +378,24 @@ def _remarks(step: StepReport) -> Iterator[RenderableType]:
     refused = sorted(step.refused.items(), key=lambda item: -item[1])
     for reason, count in refused[:_REASONS_SHOWN]:
         yield Padding(Text(f"{step.step} refused {count}x: {reason}", style="dim"), (0, 0, 0, 2))
+
+
+def _amounts(amounts: Sequence[Amount]) -> list[RenderableType]:
+    """A row an amount of pruning that was tried."""
+    if not amounts:
+        return []
+    return [_table(AMOUNT_COLUMNS, amount_rows(amounts), right=range(len(AMOUNT_COLUMNS) - 1))]
+
+
+def _learned(history: History | None) -> list[RenderableType]:
+    """How a training went, in a line."""
+    if history is None or not history.epochs:
+        return []
+    start, best, last = history.start, history.best, history.epochs[-1]
+    losses = f"held-back loss {start.held_back:.3g} -> {best.held_back:.3g}"
+    scores = f"score {start.score:.4f} -> {best.score:.4f}"
+    epochs = f"best epoch {best.number} of {last.number}, {history.seconds:.0f} s; {history.ended}"
+    return [Text(f"learned: {losses}, {scores}; {epochs}")]
 
 
 def _candidates(candidates: Iterable[Candidate]) -> RenderableType:

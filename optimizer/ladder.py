@@ -32,6 +32,7 @@ from edgewise.passes.equalize_channels import EqualizeChannels
 from edgewise.passes.insert_qdq import InsertQdq
 from edgewise.passes.quant_plan import QuantPlan
 from edgewise.passes.smooth_inputs import SmoothInputs
+from edgewise.training.options import DivergedError
 
 Floats = Mapping[str, str]
 Notes = tuple[str, ...]
@@ -233,15 +234,18 @@ def _trained(ground: Ground, best: Attempt) -> Attempt:
     """With weights that were trained for their integers, the float model being the teacher."""
     from edgewise.training.quantization_aware import heal  # brings torch, which takes a second
 
-    trained = heal(
-        best.edited,
-        best.plan,
-        ground.samples,
-        ground.yardstick.samples,
-        teacher=best.model,
-        threads=ground.threads,
-        progress=lambda epoch: ground.progress("int8: train", epoch.number, epoch.number),
-    )
+    try:
+        trained = heal(
+            best.edited,
+            best.plan,
+            ground.samples,
+            ground.yardstick.samples,
+            teacher=best.model,
+            threads=ground.threads,
+            progress=lambda epoch: ground.progress("int8: train", epoch.number, epoch.number),
+        )
+    except DivergedError as error:  # what was learned until then counts
+        trained = error.trained
     return dataclasses.replace(best, model=trained.model, edits={})
 
 

@@ -19,8 +19,10 @@ from edgewise.optimizer.bisection import culprit
 from edgewise.optimizer.candidates import EXACT, INT8, Given, Made, make_candidates
 from edgewise.optimizer.choice import INPUT, choose
 from edgewise.optimizer.emit_ort import OrtFiles, emit_ort, files_beside
+from edgewise.optimizer.frechet import Frechet
 from edgewise.optimizer.int8 import node_noise
 from edgewise.optimizer.layers import layer_noise
+from edgewise.optimizer.pictures import Pictures, can_draw, pictures
 from edgewise.optimizer.pipeline import Progress, StepReport, no_progress
 from edgewise.optimizer.profiling import profile
 from edgewise.optimizer.pruning import trials_beside
@@ -216,7 +218,8 @@ def _explained(
     recipe: Recipe,
     progress: Progress,
 ) -> Report:
-    """The report with what takes time to find out and only a page shows: noise by layer, where time goes."""
+    """The report with what takes time to find out and only a page shows: images, noise by layer, profiles."""
+    result = dataclasses.replace(result, images=_drawn(made, result.chosen, recipe, progress))
     if result.chosen == INT8 and made.int8 is not None:  # the noise of exact passes is rounding
         progress("noise of every layer", 0, 0)
         noise = layer_noise(made.int8.in_float, made.models[INT8], made.feeds, threads=recipe.threads)
@@ -238,6 +241,21 @@ def _explained(
     except EdgewiseError as failure:  # the work is done: what explains it may be missing
         return dataclasses.replace(result, notes=(*result.notes, f"no profile: {failure}"))
     return dataclasses.replace(result, profiles=found)
+
+
+def _drawn(made: Made, chosen: str, recipe: Recipe, progress: Progress) -> Pictures | None:
+    """What the model that was written draws for the samples that judged it; None where it draws nothing."""
+    if made.judge is None or chosen == INPUT or not can_draw(made.models[EXACT]):
+        return None
+    progress("what it draws", 0, 0)
+    metric = made.judge.metric.function
+    return pictures(
+        made.models[INPUT],
+        made.models[chosen],
+        made.judge.samples,
+        frechet=metric if isinstance(metric, Frechet) else None,
+        threads=recipe.threads,
+    )
 
 
 def write_result(

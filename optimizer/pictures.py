@@ -103,6 +103,15 @@ def pictures(
     )
 
 
+def can_draw(model: ir.Model) -> bool:
+    """Whether the shape of the first float output is that of images; False where it is not known."""
+    floats = (v for v in model.graph.outputs if v.dtype is not None and v.dtype.is_floating_point())
+    output = next(floats, None)
+    if output is None or output.shape is None or output.shape.rank() != 4:
+        return False
+    return bool({1, 3, 4} & {output.shape[1], output.shape[-1]})
+
+
 def _image_output(outputs: Outputs) -> str | None:
     name = next((n for n, output in outputs.items() if output.dtype.kind == "f"), None)
     if name is None or outputs[name].ndim != 4 or not np.isfinite(outputs[name]).all():

@@ -70,7 +70,6 @@ _MOST_JUDGES = 1000
 _MOST_CHOOSING = 200
 _SECONDS = 4.0  # for a latency that is only a step towards the bound
 _FIRST = 0.5  # of the cost: the amount that is tried first
-_LEAST = 0.02
 _CLOSE = 1.08  # amounts that are nearer to each other are not worth a trial between them
 _NEAR = 0.97  # of a limit: near enough
 _STEPS = 6  # towards a limit that has to be measured
@@ -110,29 +109,43 @@ class Search:
     def for_metric(self) -> list[tuple[Trial, Amount]]:
         """Trials around the smallest amount that keeps the bound on the metric."""
         found: list[tuple[Trial, Amount]] = []
-        at_once = 1 if self.options.workers is None else self.options.workers
+        least, why = 0.0, ""
         while len(found) < self.options.trials:
             amounts = [amount for _, amount in found]
             passed = min((a.budget for a in amounts if a.keeps_bound), default=1.0)
-            failed = max((a.budget for a in amounts if a.budget < passed), default=0.0)
-            if (failed and passed / failed < _CLOSE) or passed <= _LEAST:
+            failed = max((a.budget for a in amounts if a.budget < passed), default=least)
+            if failed and passed / failed < _CLOSE:
                 break
-            low = failed or passed * _FIRST**2
-            step = (passed / low) ** (1 / (at_once + 1))
-            found += self.tried([passed / step ** (i + 1) for i in range(at_once)])
+            at_once = self.options.workers or 1
+            step = (passed / (failed or passed * _FIRST**2)) ** (1 / (at_once + 1))
+            able = []
+            for budget in (passed / step ** (i + 1) for i in range(at_once)):
+                try:
+                    self._cut(budget)
+                    able.append(budget)
+                except EdgewiseError as error:  # so few channels cannot stay
+                    least, why = max(least, budget), str(error)
+            found += self.tried(able)
+        if not found:
+            raise EdgewiseError(why)
         return found
 
     def for_cost(self, cost: Cost, limit: float) -> list[tuple[Trial, Amount]]:
         """The trial of about the largest budget that brings `cost` down to `limit`."""
-        return self.tried([self._budget(cost, limit)])
+        budget, is_kept = self._budget(cost, limit)
+        return [
+            (trial, dataclasses.replace(amount, keeps_bound=is_kept))
+            for trial, amount in self.tried([budget])
+        ]
 
-    def _budget(self, cost: Cost, limit: float) -> float:
-        """By regula falsi: the cost falls with the budget, not quite in proportion.
+    def _budget(self, cost: Cost, limit: float) -> tuple[float, bool]:
+        """By regula falsi, for the cost falls not quite in proportion; and whether the limit is kept.
 
         Raises `EdgewiseError` where no budget keeps the limit, unless the best effort will do.
         """
         low, high, least, why = 0.0, 1.0, 0.0, ""
-        budget = min(limit / cost(self.task.model), 1.0)
+        reached = cost(self.task.model)
+        budget = min(limit / reached, 1.0)
         for number in range(_STEPS):
             self.progress("how much has to leave", number, _STEPS)
             guess = (max(low, least) + high) / 2
@@ -142,16 +155,17 @@ class Search:
                 least, why, guess = budget, str(error), (budget + high) / 2
             else:
                 low, high = (budget, high) if found <= limit else (low, budget)
+                reached = min(reached, found)
                 if _NEAR * limit <= found <= limit:
                     break
                 guess = budget * limit / found
             budget = guess if max(low, least) < guess < high else (max(low, least) + high) / 2
         if not low and not self.options.best_effort:
             raise EdgewiseError(
-                f"the bound cannot be reached: {why or 'what has to stay costs more'}; "
-                "with --best-effort as little as possible is kept"
+                f"the bound cannot be reached: {reached:.3g} is the least that was found, not {limit:.3g}"
+                f"{why and f' ({why})'}; with --best-effort as little as possible is kept"
             )
-        return low or high
+        return (low or high), bool(low)
 
     def _cut(self, budget: float) -> ir.Model:
         task = self.task
@@ -239,7 +253,7 @@ def split_to_prune(samples: Samples, seed: int) -> Split:
 
 @contextmanager
 def trials_beside(output: Path) -> Iterator[Path]:
-    """Where a job that writes `output` keeps its trials: a folder that only an interrupted one leaves behind."""
+    """Where a job that writes `output` keeps its trials: a folder that only an interrupt leaves behind."""
     folder = output.with_name(f"{output.name}.trials.part")
     interrupted = False
     try:
@@ -308,7 +322,7 @@ def _pricing(recipe: Recipe, feed: Feed, macs: ByMacs, model: ir.Model) -> Prici
     options = recipe.prune or Prune()
     if recipe.objective == "size" or options.max_size is not None:
         return ByBytes(1.0 if recipe.quantize is not None else None)
-    if recipe.benchmark is None or options.ratio is not None:
+    if recipe.benchmark is None or options.max_macs is not None or options.ratio is not None:
         return macs
     bench = Bench(provider=recipe.target, threads=recipe.threads)
     return Priced(measure_widths(model, feed, bench)) if options.schedule == 1 else ByTime(feed, bench)
@@ -347,6 +361,8 @@ def _best(search: Search, tried: Sequence[tuple[Trial, Amount]], prepared: tuple
         why = (
             f"no amount of pruning keeps {search.judge.metric.name} at {search.judge.floor:.4f} or more: "
             f"{reached.worst:.4f} was reached with {reached.macs:.0%} of the multiply-accumulates"
+            if search.options.bounds_metric
+            else f"the bound cannot be reached: {reached.macs:.0%} of the multiply-accumulates stay"
         )
         if not search.options.best_effort:
             return Pruned(None, (), amounts, None, why)

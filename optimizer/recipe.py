@@ -27,7 +27,7 @@ _FAST_SECONDS = 5.0
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _exact(specs: tuple[str, ...]) -> tuple[str, ...]:
@@ -82,10 +82,10 @@ class Quantize(_Frozen):
 
 
 Importance = Literal[
-    "reconstruction",
+    "fisher",
     "taylor",
     "gradient",
-    "fisher",
+    "reconstruction",
     "magnitude-l1",
     "magnitude-l2",
     "bn-scale",
@@ -109,19 +109,20 @@ class Prune(_Frozen):
     One bound counts: without any other as little as possible is kept such that the metric falls by no more
     than the recipe's `max_drop`; or no lower than `min_metric`. The others say how much is kept whatever the
     metric: `max_latency` ms, a share `max_macs` of the multiply-accumulates, `max_size` MB of file, or all
-    layers lose the `ratio` of their channels. Channels leave by their `score`. What stays is refitted in
-    closed form, or that and distilled from the original; `effort` multiplies how long. In `schedule` steps
-    each cuts a little and recovers. With `best_effort` a bound that cannot be reached is missed by as
-    little as possible. `workers` processes try amounts at once, or actors of the Ray cluster at `ray`.
+    layers lose the `ratio` of their channels. Channels leave by their `score`. What stays gets new statistics
+    and biases, or is refitted in closed form, or that and distilled from the original; `effort` multiplies how
+    long. In `schedule` steps each cuts a little and recovers. With `best_effort` a bound that cannot be
+    reached is missed by as little as possible. `workers` processes try amounts at once, or actors of the Ray
+    cluster at `ray`.
     """
 
-    score: Importance = "reconstruction"
+    score: Importance = "fisher"
     min_metric: float | None = None
     max_latency: float | None = Field(default=None, gt=0)
     max_macs: float | None = Field(default=None, gt=0, le=1)
     max_size: float | None = Field(default=None, gt=0)
     ratio: float | None = Field(default=None, gt=0, lt=1)
-    recover: Literal["none", "closed-form", "distill"] = "distill"
+    recover: Literal["none", "reestimate", "closed-form", "distill"] = "distill"
     effort: float = Field(default=1.0, gt=0)
     schedule: int = Field(default=1, ge=1)
     trials: int = Field(default=6, ge=1, description="amounts that are tried for a bound on the metric")

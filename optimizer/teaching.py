@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from edgewise.calibration.data import Samples
@@ -25,10 +27,15 @@ from edgewise.optimizer.start import Start, begin
 from edgewise.optimizer.version import VERSION
 from edgewise.passes import parse
 from edgewise.runtime.errors import InputError
+from edgewise.runtime.evaluate import Evaluator
 from edgewise.training.options import Epoch, History, Penalty, TrainOptions
 
 ModelPath = str | os.PathLike[str]
 _TRAINED = "trained"
+_NO_LESSON = (
+    "the samples have no labels: --int8 alone learns at a rate and for a time of its own, so leave --epochs, "
+    "--learning-rate, --batch, --freeze and --memory out"
+)
 _NO_LABELS = (
     "the samples have no labels to learn from: add them, or give --int8, which learns from the model's own "
     "answers, or distil another model's"
@@ -55,12 +62,15 @@ def distill(
     from edgewise.training.distillation import distill as learn  # brings torch, which takes a second
 
     recipe, options, output = recipe or Recipe(), options or TrainOptions(), Path(output)
-    check_targets(output, recipe, Path(student), force=force)
+    for source in (student, teacher):
+        check_targets(output, recipe, Path(source), force=force)
     start, model = begin(Path(student), data, recipe), files.load(teacher)
     check_inputs(start.adapted.model, model, Path(teacher))
-    samples = _samples(start)
-    parts = split_to_prune(samples, recipe.seed)
+    parts = split_to_prune(_samples(start), recipe.seed)
+    _check_outputs(model, start, recipe)
+    judge = Judge(model, parts.judge, recipe.metric, recipe.max_drop, recipe.threads)
     ready, expected = (_prepared(m, start, recipe) for m in (start.adapted.model, model))
+    _check_names(ready, options)
     trained = learn(
         expected,
         ready,
@@ -70,7 +80,6 @@ def distill(
         threads=recipe.threads,
         progress=_told(progress, options),
     )
-    judge = Judge(model, parts.judge, recipe.metric, recipe.max_drop, recipe.threads)
     reference = Reference(trained.model, start.feeds, threads=recipe.threads)
     exact, steps = run_passes(trained.model, recipe.chain, reference, progress=progress)
     before, after = judge.score(start.adapted.model), judge.score(exact)
@@ -113,6 +122,8 @@ def finetune(
             source = files.save(trained, Path(folder) / f"{Path(model).stem}.trained.onnx")
         elif replace_head is not None or penalty is not None or not int8:
             raise InputError(_NO_LABELS)
+        elif options != TrainOptions(seed=options.seed):
+            raise InputError(_NO_LESSON)
         result = run_job(
             source,
             Path(output),
@@ -130,6 +141,26 @@ def _samples(start: Start) -> Samples:
     if start.samples is None:
         raise InputError("there is nothing to learn from: pass samples with --data")
     return start.samples
+
+
+def _check_outputs(teacher: ir.Model, start: Start, recipe: Recipe) -> None:
+    """Raise `InputError` where outputs of one name are of different shapes."""
+    wanted, found = (
+        Evaluator(model, threads=recipe.threads).run(start.feeds[0])
+        for model in (teacher, start.adapted.model)
+    )
+    for name in wanted.keys() & found.keys():
+        one, other = np.shape(wanted[name]), np.shape(found[name])
+        if one != other:
+            raise InputError(f"output {name!r} is of shape {one} for the teacher and {other} for the student")
+
+
+def _check_names(model: ir.Model, options: TrainOptions) -> None:
+    """Raise `InputError` on a pattern of weights to freeze that no name matches."""
+    for pattern in options.freeze:
+        if not fnmatch.filter(model.graph.initializers, pattern):
+            known = ", ".join(list(model.graph.initializers)[:5])
+            raise InputError(f"--freeze {pattern} is the name of no weight: they are called {known}, ...")
 
 
 def _prepared(model: ir.Model, start: Start, recipe: Recipe) -> ir.Model:
@@ -159,6 +190,8 @@ def _on_labels(
     from edgewise.training.trainer import trainable
 
     parts, module = split_to_prune(samples, recipe.seed), GraphModule(model)
+    Judge(model, parts.choose, recipe.metric, recipe.max_drop, recipe.threads)  # a bad metric fails now
+    _check_names(model, options)
     weights = trainable(model, options.freeze)
     shrinking = None if penalty is None else Shrinking(penalty, model, module, weights)
     trained = learn(

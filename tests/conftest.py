@@ -13,6 +13,9 @@ from hypothesis import settings
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Workers share the cores: each is given one, or threads that wait for work keep another worker from its own.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # The gate must not depend on luck; --hypothesis-profile=explore looks for examples that nobody saw yet.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)

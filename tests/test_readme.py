@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from edgewise.optimizer.cli import run
+from edgewise.runtime.latency import LatencyReport, measure
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,6 +71,17 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _measurements_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast the files are is not asked here, and to be sure of it takes long."""
+
+    def short(*args: Any, **options: Any) -> LatencyReport:
+        return measure(*args, **options | {"max_seconds": 0.5, "precision": 0.9})
+
+    for module in ("optimization", "placing"):
+        monkeypatch.setattr(f"edgewise.optimizer.{module}.measure", short)
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda c: " ".join(c)[:40])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +14,7 @@ import numpy.typing as npt
 
 from edgewise.calibration.data import Samples
 from edgewise.passes.graph import Array
-from edgewise.runtime.errors import InputError
+from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import Feed
 
 Indices = npt.NDArray[np.int64]
@@ -42,18 +45,21 @@ class Batch:
 class Stack:
     """All samples, those of one shape stacked together: `places` says in which bucket and where each is.
 
-    Where `alone`, the model takes one sample in a run and no more.
+    No batch has more than `at_once` samples, whatever the size of a step.
     """
 
     buckets: tuple[Mapping[str, Array], ...]
     places: Indices
     labels: Array | None
-    alone: bool
+    at_once: int = sys.maxsize
     targets: tuple[Mapping[str, Array], ...] | None = None
 
     @classmethod
-    def of(cls, samples: Samples, memory: int, *, alone: bool = False) -> Stack:
-        """Read every sample once. Beyond `memory` bytes they lie in a temporary file."""
+    def of(cls, samples: Samples, memory: int, *, at_once: int = sys.maxsize) -> Stack:
+        """Read every sample once. Beyond `memory` bytes they lie in a temporary file.
+
+        Raises `InputError` where there are none, and `EdgewiseError` where a file finds no room.
+        """
         if not len(samples):
             raise InputError("there are no samples to train on: give more")
         buckets: dict[Shapes, _Bucket] = {}
@@ -67,21 +73,26 @@ class Stack:
         labels = samples.labels
         if labels is not None:
             labels = labels.reshape(len(samples), -1, *labels.shape[1:])
-        return cls(tuple(bucket.stacked() for bucket in buckets.values()), places, labels, alone)
+        return cls(tuple(bucket.stacked() for bucket in buckets.values()), places, labels, at_once)
 
     def __len__(self) -> int:
         """The number of samples."""
         return len(self.places)
 
     def batches(self, numbers: Indices) -> Iterator[Batch]:
-        """These samples in as few batches as their shapes allow."""
+        """These samples in as few batches as their shapes and `at_once` allow."""
         for index, bucket in enumerate(self.buckets):
             own = numbers[self.places[numbers, 0] == index]
-            for part in np.split(own, len(own)) if self.alone and len(own) else [own][: len(own)]:
+            for part in np.array_split(own, math.ceil(len(own) / self.at_once)) if len(own) else ():
                 places = self.places[part, 1]
                 targets = None if self.targets is None else _taken(self.targets[index], places)
                 labels = None if self.labels is None else _rows(self.labels[part])
                 yield Batch(_taken(bucket, places), part, targets, labels)
+
+    def largest(self) -> Batch:
+        """A sample of those with the most bytes, without its label."""
+        feeds = (_taken(bucket, np.zeros(1, np.int64)) for bucket in self.buckets)
+        return Batch(max(feeds, key=_bytes), np.zeros(1, np.int64))
 
     def in_order(self, size: int) -> Iterator[Batch]:
         """All samples, up to `size` at a time."""
@@ -89,14 +100,14 @@ class Stack:
             yield from self.batches(np.arange(start, min(start + size, len(self))))
 
     def steps(self, size: int, rng: np.random.Generator) -> Iterator[tuple[Batch, ...]]:
-        """All samples in a new order, up to `size` at a time; what is left over joins the last."""
+        """All samples in a new order, in equal parts: as many as have `size` or more, at least one."""
         count = max(len(self) // size, 1)
         for numbers in np.array_split(rng.permutation(len(self)), count):
             yield tuple(self.batches(numbers))
 
     def with_targets(self, answers: Callable[[Batch], Feed], size: int, memory: int) -> Stack:
-        """The same with `answers` for every batch; beyond `memory` bytes they lie in a temporary file."""
-        plain, found = replace(self, targets=None), []
+        """The same with `answers` for every sample, or itself where those take more than `memory` bytes."""
+        plain, found = replace(self, targets=None), list[Mapping[str, Array]]()
         for index in range(len(self.buckets)):
             numbers = np.flatnonzero(self.places[:, 0] == index)
             bucket: _Bucket | None = None
@@ -107,8 +118,9 @@ class Stack:
                     }
                     for i in range(len(batch.numbers)):
                         one = {name: array[i] for name, array in rows.items()}
-                        in_memory = _bytes(one) * len(self) <= memory
-                        bucket = bucket or _Bucket(index, one, None if in_memory else len(numbers))
+                        if _bytes(one) * len(self) > memory:
+                            return plain
+                        bucket = bucket or _Bucket(index, one)
                         bucket.add(one)
             assert bucket is not None  # no bucket is empty
             found.append(bucket.stacked())
@@ -118,7 +130,7 @@ class Stack:
 class _Bucket:
     """Grows by a sample at a time: in memory, or in a file with room for `capacity`."""
 
-    def __init__(self, index: int, feed: Feed, capacity: int | None) -> None:
+    def __init__(self, index: int, feed: Feed, capacity: int | None = None) -> None:
         self.index = index
         self._count = 0
         self._lists: dict[str, list[Array]] = {name: [] for name in feed}
@@ -141,6 +153,12 @@ class _Bucket:
 
 def _file(array: Array, capacity: int) -> Array:
     """Rows like `array` in a file that is gone with the last who reads it."""
+    needed, free = capacity * array.nbytes, shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:  # the file would be made all the same, and writing to it end the process
+        raise EdgewiseError(
+            f"samples of {needed / 1e9:.1f} GB find no room in {tempfile.gettempdir()}: give fewer samples, "
+            "more memory, or another folder in TMPDIR"
+        )
     with tempfile.TemporaryFile() as file:
         return np.memmap(file, array.dtype, "w+", shape=(capacity, *array.shape))
 
@@ -160,8 +178,13 @@ def _rows(samples: Array) -> Array:
 
 
 def are_images(feed: Feed) -> bool:
-    """Whether every input is a stack of images, which may be moved by a few pixels."""
-    return all(a.ndim == 4 and min(_sides(a)) >= _SMALLEST and a.dtype.kind in "fu" for a in feed.values())
+    """Whether every input is a stack of images, with colours and sides, which may be moved a little."""
+    return all(a.ndim == 4 and a.dtype.kind in "fu" and _is_image(a) for a in feed.values())
+
+
+def _is_image(array: Array) -> bool:
+    (colours,) = {1, 2, 3} - {*_spatial(array)}
+    return array.shape[colours] in _COLOURS and min(_sides(array)) >= _SMALLEST
 
 
 def _spatial(array: Array) -> tuple[int, int]:

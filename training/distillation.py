@@ -18,13 +18,15 @@ from edgewise.calibration.taps import tapped
 from edgewise.passes.channel_links import Indices
 from edgewise.passes.graph import Array
 from edgewise.runtime.errors import InputError
-from edgewise.runtime.evaluate import Evaluator, Feed
+from edgewise.runtime.evaluate import Evaluator
 from edgewise.training.batches import Batch
 from edgewise.training.cut_points import cut_points
-from edgewise.training.graph_module import GraphModule
+from edgewise.training.feeding import can_vary, runner, stacks, stored
+from edgewise.training.graph_module import GraphModule, as_tensors
 from edgewise.training.objectives import Head, heads
-from edgewise.training.options import History, Trained, TrainOptions
-from edgewise.training.trainer import Answer, Progress, Regularizer, can_vary, judged_on, stacks, train
+from edgewise.training.options import History, Trained, TrainOptions, ending_in
+from edgewise.training.torch_threads import torch_threads
+from edgewise.training.trainer import Answer, Progress, Regularizer, judged_on, train
 
 Staying = Mapping[tuple[str, int], Indices]
 Values = Mapping[str, Tensor]
@@ -32,6 +34,8 @@ Values = Mapping[str, Tensor]
 EVERYTHING: Staying = MappingProxyType({})
 _DEFAULT = TrainOptions()
 _TINY = 1e-12
+_RESHAPING = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+_BOUNDING = ("Sigmoid", "Tanh")
 _BLOCKWISE, _END_TO_END = "block by block", "end to end"
 
 
@@ -80,11 +84,14 @@ def distill(
     inner = _inner(teacher, student, pairs, staying) if options.inner or options.blockwise else ()
     oracle = Oracle(teacher, [c.teacher for c in (*outputs, *inner)], threads)
     module = GraphModule(student)
-    stack, judged = stacks(samples, held_back, options, (oracle, runner(module)))
-    varies = can_vary(stack, options)
-    judged = judged.with_targets(oracle, options.batch, options.memory)
-    if not varies:
-        stack = stack.with_targets(oracle, options.batch, options.memory)
+    with torch_threads(threads):
+        stack, judged = stacks(samples, held_back, options, module, (oracle,))
+        if not options.labels:
+            stack, judged = replace(stack, labels=None), replace(judged, labels=None)
+        varies = can_vary(stack, options)
+        judged = judged.with_targets(oracle, options.batch, stored(options))
+        if not varies:
+            stack = stack.with_targets(oracle, options.batch, stored(options))
     imitation = Imitation(module, oracle, outputs, inner, options)
 
     def phase(objective: Imitation, chosen: TrainOptions, name: str, file: Path | None) -> Trained:
@@ -102,9 +109,14 @@ def distill(
     first = phase(imitation.by_blocks(), options.shortened(options.blockwise), _BLOCKWISE, file)
     if not judged_on(module, imitation, judged, options.batch)[0] < before[0]:
         module.load_state_dict(start)
-    second = phase(imitation, options.shortened(1 - options.blockwise), _END_TO_END, checkpoint)
-    epochs = (*first.history.epochs, *second.history.epochs)
-    return Trained(second.model, History(epochs, second.history.ended))
+
+    def whole(second: Trained) -> Trained:
+        epochs = (*first.history.epochs, *second.history.epochs)
+        return Trained(second.model, History(epochs, second.history.ended))
+
+    with ending_in(whole):
+        second = phase(imitation, options.shortened(1 - options.blockwise), _END_TO_END, checkpoint)
+    return whole(second)
 
 
 def finetune(
@@ -130,7 +142,8 @@ def finetune(
     for some in (samples, held_back):
         if some.labels is None:
             raise InputError(f"{some.source} has no labels to train on: add them, or train with a teacher")
-    stack, judged = stacks(samples, held_back, options, (runner(module),))
+    with torch_threads(threads):
+        stack, judged = stacks(samples, held_back, options, module)
     is_class = _are_classes(stack.labels)
     return train(
         model, module, Lesson(module, head, is_class), stack, judged, options,
@@ -169,7 +182,15 @@ def _outputs(teacher: ir.Model, student: ir.Model) -> tuple[Compared, ...]:
 
 
 def _is_row_of_scores(value: ir.Value) -> bool:
-    """Whether an output is one number a class: [rows, classes], or that with axes of one behind."""
+    """Whether an output is one number a class: [rows, classes], or that with axes of one behind.
+
+    What ends in a Tanh or Sigmoid is taken for a picture, or for answers of which several may be true.
+    """
+    node = value.producer()
+    while node is not None and node.op_type in _RESHAPING and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    if node is not None and node.op_type in _BOUNDING:
+        return False
     if value.shape is None or value.shape.rank() < 2 or not isinstance(value.shape[1], int):
         return False
     return value.shape[1] > 1 and all(d == 1 for d in value.shape[2:])
@@ -225,24 +246,6 @@ class Oracle:
         return runner(self._module)(replace(batch, feed=feed))
 
 
-def runner(module: GraphModule) -> Callable[[Batch], Mapping[str, Array]]:
-    """The outputs of a module in inference, as arrays."""
-
-    def run(batch: Batch) -> Mapping[str, Array]:
-        module.eval()
-        with torch.no_grad():
-            return {name: tensor.numpy() for name, tensor in module(tensors(batch.feed)).items()}
-
-    return run
-
-
-def tensors(feed: Feed) -> dict[str, Tensor]:
-    """The arrays for torch, which warns of those that are read-only."""
-    return {
-        name: torch.from_numpy(np.require(array, requirements=["C", "W"])) for name, array in feed.items()
-    }
-
-
 class Imitation:
     """How far the student is from the teacher. By blocks, each block is fed what the teacher's is."""
 
@@ -266,7 +269,7 @@ class Imitation:
         )
 
     def __call__(self, batch: Batch) -> Answer:
-        targets = tensors(self._oracle(batch) if batch.targets is None else batch.targets)
+        targets = as_tensors(self._oracle(batch) if batch.targets is None else batch.targets)
         wanted = {c.student: _kept(targets[c.teacher], c) for c in (*self._outputs, *self._inner)}
         seen = self._values(batch, wanted)
         losses = [self._far(seen[c.student], wanted[c.student], c) for c in self._outputs]
@@ -294,7 +297,7 @@ class Imitation:
 
         handles = [self._module.register_value_hook(name, hook(name)) for name in wanted]
         try:
-            self._module(tensors(batch.feed))
+            self._module(as_tensors(batch.feed))
         finally:
             for handle in handles:
                 handle.remove()
@@ -326,7 +329,7 @@ class Lesson:
         seen: list[Tensor] = []
         handle = self._module.register_value_hook(self._head.name, seen.append)
         try:
-            self._module(tensors(batch.feed))
+            self._module(as_tensors(batch.feed))
         finally:
             handle.remove()
         if not self._is_class:
@@ -373,7 +376,8 @@ def cross_entropy(scores: Tensor, axis: int, batch: Batch) -> Tensor:
     rows = scores.movedim(axis, -1).flatten(0, -2)
     if batch.labels is None or batch.labels.size != len(rows):
         raise InputError(
-            f"{0 if batch.labels is None else batch.labels.size} labels for {len(rows)} rows of scores"
+            f"{0 if batch.labels is None else batch.labels.size} labels for {len(rows)} rows of scores: give "
+            "one a row, or none"
         )
     if batch.labels.min() < 0 or batch.labels.max() >= rows.shape[1]:
         raise InputError(

@@ -36,8 +36,9 @@ from edgewise.passes.infer_shapes import shapes_on
 from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import Feed
 from edgewise.training.channel_reads import ByGroup, Floats, Read, channel_reads, nothing
-from edgewise.training.graph_module import GraphModule
+from edgewise.training.graph_module import GraphModule, as_tensors, lay_out
 from edgewise.training.objectives import Head, cross_entropy, has_classes, heads, projection
+from edgewise.training.torch_threads import torch_threads
 
 _MOST_AT_ONCE = 32
 _COPIES = 3  # of every value: itself, what autograd keeps, its gradient
@@ -92,7 +93,7 @@ def gradient_scores(
     generator = torch.Generator().manual_seed(seed)
     supervised = has_classes(samples, probe.heads)
     chosen, totals, done = STATISTICS[statistic], nothing(graph), 0
-    with _torch_threads(threads):
+    with torch_threads(threads):
         for feed, labels, count in _batches(samples, _at_once(model, probe, samples[0], memory)):
             products = probe.products(feed, labels if supervised else None, generator, by_row=count > 1)
             for group, (sums, squares) in products.items():
@@ -133,6 +134,7 @@ class _Probe:
         outputs = {v.name: v for v in part.graph.outputs}
         part.graph.outputs[:] = [produced.get(h.name) or outputs[h.name] for h in ends]
         module = GraphModule(part)
+        lay_out(module)
         module.eval()
         module.requires_grad_(False)
         return cls(module, reads, ends)
@@ -145,7 +147,7 @@ class _Probe:
         There is a row for each of the feed's with `by_row`, else one for all of them.
         """
         with self._watching() as seen:
-            outputs = self.module({name: torch.tensor(array) for name, array in feed.items()})
+            outputs = self.module(as_tensors(feed))
         if labels is None:
             objective = projection(outputs, self.heads, generator)
         else:
@@ -219,14 +221,3 @@ def _batches(samples: Samples, size: int) -> Iterator[tuple[Feed, Array | None, 
         labels = None if samples.labels is None else samples.labels[start : start + rows]
         start += rows
         yield feed, labels, rows // rows_of_one
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    """Let torch use so many threads for a while."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads or before)
-        yield
-    finally:
-        torch.set_num_threads(before)

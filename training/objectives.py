@@ -84,8 +84,8 @@ def projection(outputs: Mapping[str, Tensor], heads: Sequence[Head], generator: 
         if not values.is_floating_point():
             continue
         if head.axis is None:
-            norm = values.detach().flatten(1).norm(dim=1) if values.ndim else values.detach().abs()
-            values = values / (norm.reshape(-1, *[1] * (values.ndim - 1)) + _TINY) if values.ndim else values
+            norm = values.detach().reshape(values.shape[:1].numel(), -1).norm(dim=1)
+            values = values / (norm.reshape(values.shape[:1] + (1,) * (values.ndim - 1)) + _TINY)
         else:
             values = 2 * torch.exp(torch.log_softmax(values / TEMPERATURE, head.axis) / 2)
         signs = torch.randint(0, 2, values.shape, generator=generator) * 2 - 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -25,8 +26,10 @@ class TrainOptions:
     against outputs, `labels` those (where there are any) against the teacher, and `blockwise` is the share of
     the way on which every block learns by itself. `frozen` is the share at the end on which the statistics
     of batch norms stay. `augment` is "auto" for images, or "none". `freeze` holds patterns for names of
-    initializers that stay. `memory` bounds the samples held in memory, in bytes; what is beyond lies in a
-    temporary file.
+    initializers that stay. `memory` bounds, in bytes, samples and what is computed of them: samples beyond a
+    part of it lie in a temporary file, and a batch goes through the model in as many parts as make it fit.
+    Batch norms see the parts, and those of less than 4 rows with stored statistics. The weights and what
+    belongs to them come on top.
 
     The same options and seed give the same model, with `max_seconds` only on a machine of the same speed.
     """
@@ -126,8 +129,8 @@ class Penalty:
     def __post_init__(self) -> None:
         if self.kind not in PENALTIES:
             raise InputError(f"penalty {self.kind!r} is none of {', '.join(PENALTIES)}")
-        if not self.strength >= 0:
-            raise InputError(f"a penalty's strength cannot be negative, as {self.strength} is")
+        if not 0 <= self.strength < math.inf:
+            raise InputError(f"a penalty's strength is a number from zero on, not {self.strength}")
 
     @classmethod
     def parse(cls, text: str) -> Penalty:
@@ -213,3 +216,14 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, trained: Trained) -> None:
         super().__init__()
         self.trained = trained
+
+
+@contextmanager
+def ending_in(change: Callable[[Trained], Trained]) -> Iterator[None]:
+    """Where a training within the context is broken off, what it hands out is `change` of what it had."""
+    try:
+        yield
+    except Interrupted as stop:
+        raise Interrupted(change(stop.trained)) from None
+    except DivergedError as error:
+        raise DivergedError(str(error), change(error.trained)) from None

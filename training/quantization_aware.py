@@ -13,7 +13,7 @@ from edgewise.passes.graph import Array, constant_of, new_initializer, replace
 from edgewise.passes.insert_qdq import InsertQdq
 from edgewise.passes.quant_plan import LIMITS, QuantPlan, ValuePlan
 from edgewise.training.distillation import distill
-from edgewise.training.options import DivergedError, Interrupted, Trained, TrainOptions
+from edgewise.training.options import Trained, TrainOptions, ending_in
 from edgewise.training.trainer import Progress
 
 _GENTLE = TrainOptions(learning_rate=2e-4, inner=0.0)
@@ -43,23 +43,18 @@ def heal(
     def settled(trained: Trained) -> Trained:
         return Trained(on_grids(model, trained.model, plan), trained.history)
 
-    try:
-        return settled(
-            distill(
-                model if teacher is None else teacher,
-                student,
-                samples,
-                held_back,
-                options,
-                checkpoint=checkpoint,
-                threads=threads,
-                progress=progress,
-            )
+    with ending_in(settled):
+        trained = distill(
+            model if teacher is None else teacher,
+            student,
+            samples,
+            held_back,
+            options,
+            checkpoint=checkpoint,
+            threads=threads,
+            progress=progress,
         )
-    except Interrupted as stop:
-        raise Interrupted(settled(stop.trained)) from None
-    except DivergedError as error:
-        raise DivergedError(str(error), settled(error.trained)) from None
+    return settled(trained)
 
 
 def through(model: ir.Model, plan: QuantPlan) -> ir.Model:

@@ -24,6 +24,7 @@ from edgewise.training.least_squares import CrossMoments, Floats, fit
 from edgewise.training.sums import Total, layers_of, total_behind
 
 Kept = Mapping[tuple[str, int], Indices]
+Progress = Callable[[int, int], None]
 
 _HELD_BACK = 4  # of so many feeds one tells how strong the ridge is to be
 _BATCH = 32
@@ -36,10 +37,9 @@ def recover_closed_form(
     plan: PrunePlan,
     samples: Samples,
     *,
-    weights: bool = True,
     threads: int | None = None,
     memory: int = 1 << 30,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ir.Model:
     """`original` without the channels of `plan`, its layers re-fitted to the original's outputs.
 
@@ -48,14 +48,44 @@ def recover_closed_form(
     other operand has lost. Every fit has an intercept, which lands in the bias, or in the mean of a
     BatchNormalization behind. Neither labels nor gradients are needed.
 
-    Without `weights` a layer keeps those that the cut has left it and gets a scale and a bias for each
-    output, as if the statistics of a BatchNormalization were estimated again. So do layers whose moments do
-    not fit into half of `memory` bytes; the other half is for values between layers. A layer that cannot be
-    fitted, as one whose weights are computed, stays as it is. `progress` hears how many layers of how many
-    are done. Raises `InputError` where there are no samples.
+    Moments take half of `memory` bytes, values between layers the other half. Layers whose moments do not
+    fit are treated as `reestimate` treats all. A layer that cannot be fitted, as one whose weights are
+    computed, stays as it is. `progress` hears how many layers of how many are done. Raises `InputError`
+    where there are no samples.
 
     The reconstruction of He et al. (channel pruning, ICCV 2017), from moments in place of samples.
     """
+    return _recovered(original, plan, samples, memory // 2, memory // 4, threads, progress)
+
+
+def reestimate(
+    original: ir.Model,
+    plan: PrunePlan,
+    samples: Samples,
+    *,
+    threads: int | None = None,
+    memory: int = 1 << 30,
+    progress: Progress | None = None,
+) -> ir.Model:
+    """`original` without the channels of `plan`, with new biases and means, and a new scale of each output.
+
+    As `recover_closed_form`, but of each layer's weights only the scale of each output is fitted, as if the
+    statistics of batch norms were estimated again, to what the original gave. That takes few samples and
+    little time, and overfits nothing.
+    """
+    return _recovered(original, plan, samples, 0, memory // 4, threads, progress)
+
+
+def _recovered(
+    original: ir.Model,
+    plan: PrunePlan,
+    samples: Samples,
+    moments: int,
+    values: int,
+    threads: int | None,
+    progress: Progress | None,
+) -> ir.Model:
+    """With at most so many bytes of moments of a layer, and of values between layers of either model."""
     if not len(samples):
         raise InputError("no samples to recover with")
     cut = RemoveChannels(plan).on(original)
@@ -63,11 +93,11 @@ def recover_closed_form(
     jobs = _jobs(original, cut, kept)
     size = max(1, min(_BATCH, len(samples) // (2 * _HELD_BACK)))
     feeds = _Batches(samples, size)
-    before = Frontier(original, feeds, memory=memory // 4, threads=threads)
-    after = Frontier(cut, feeds, memory=memory // 4, threads=threads)
+    before = Frontier(original, feeds, memory=values, threads=threads)
+    after = Frontier(cut, feeds, memory=values, threads=threads)
     for done, job in enumerate(jobs, start=1):
         with suppress(Refused):  # the layer stays as the cut has left it
-            job.run(before, after, kept=kept, memory=memory // 2 if weights else 0)
+            job.run(before, after, kept=kept, memory=moments)
         if progress is not None:
             progress(done, len(jobs))
     return cut

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -18,15 +19,16 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from edgewise.calibration.data import Samples
 from edgewise.passes.fingerprint import fingerprint
 from edgewise.passes.graph import Array, constant_of
 from edgewise.runtime.errors import EdgewiseError, InputError
-from edgewise.training.batches import Batch, Stack, are_images, varied
-from edgewise.training.graph_module import GraphModule
+from edgewise.training.batches import Batch, Stack, varied
+from edgewise.training.graph_module import GraphModule, lay_out
 from edgewise.training.options import DivergedError, Epoch, History, Interrupted, Trained, TrainOptions
+from edgewise.training.torch_threads import torch_threads
 
 _RESTARTS = 2
+_ROWS_FOR_STATISTICS = 4  # of fewer rows a batch norm takes what is stored: theirs tell too little
 _LEARNED: Mapping[str, tuple[int, ...]] = {
     "BatchNormalization": (1, 2),
     "InstanceNormalization": (1, 2),
@@ -167,15 +169,17 @@ class _Run:
         self._module, self._objective, self._options, self._phase = module, objective, options, phase
         self._samples, self._held_back = samples, held_back
         self._fingerprint = fingerprint(model)
-        _lay_out(module)
+        lay_out(module)
         names = trainable(model, options.freeze) if weights is None else weights
         self._names = tuple(name for name in names if name in module.weights)
         if not self._names:
-            raise InputError("the model has no weights to train, or all of them are frozen: free some")
+            raise InputError(_why_nothing_learns(model))
+        self._weights = [module.weights[name] for name in self._names]
         self._total = options.total(max(len(samples) // options.batch, 1))
         self.varies = self.flips = False
         self.regularizer: Regularizer | None = None
         self._epochs: list[Epoch] = []
+        self._moves = True
         self._step = self._restarts = 0
         self._spent = 0.0
         self._since = time.perf_counter()
@@ -226,18 +230,18 @@ class _Run:
         self._epochs.append(Epoch(number, loss, held_back, score, rate, now - since, self._phase))
         self._spent, self._since = self._spent + now - self._since, now
 
-    def _pass(self, rng: np.random.Generator) -> tuple[float, float]:
-        """Mean loss and last rate."""
+    def _pass(self, rng: np.random.Generator) -> tuple[float | None, float]:
+        """Mean loss and last rate; no loss where the time was over before the first step."""
         losses, rate = [], 0.0
         for batches in self._samples.steps(self._options.batch, rng):
             way = self.way
             if way >= 1:
                 break
-            self._module.train(way < 1 - self._options.frozen)
+            self._moves = way < 1 - self._options.frozen
             rate = self._options.rate(way) * 0.5**self._restarts
             losses.append(self._update(batches, rate, rng))
             self._step += 1
-        return float(np.mean(losses)) if losses else math.nan, rate
+        return float(np.mean(losses)) if losses else None, rate
 
     def _update(self, batches: tuple[Batch, ...], rate: float, rng: np.random.Generator) -> float:
         """One step of the optimizer on the mean loss of all samples of `batches`."""
@@ -246,12 +250,14 @@ class _Run:
         self._optimizer.zero_grad(set_to_none=True)
         count, total = sum(len(batch.numbers) for batch in batches), 0.0
         for batch in batches:
+            self._module.train(self._moves and len(next(iter(batch.feed.values()))) >= _ROWS_FOR_STATISTICS)
             answer = self._objective(varied(batch, rng, flips=self.flips) if self.varies else batch)
             loss = answer.loss * (len(batch.numbers) / count)
-            loss.backward()  # type: ignore[no-untyped-call]
+            if not loss.requires_grad:
+                raise EdgewiseError("no output depends smoothly on the weights: there is nothing to train by")
+            loss.backward(inputs=self._weights)  # type: ignore[no-untyped-call]
             total += loss.item()
-        parameters = [self._module.weights[name] for name in self._names]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._options.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self._weights, self._options.clip)
         if not math.isfinite(total + norm.item()):
             raise _ExplodedError
         self._optimizer.step()
@@ -268,7 +274,7 @@ class _Run:
         if self._restarts == _RESTARTS:
             raise DivergedError(
                 f"training diverged, at last with a rate of {self._options.learning_rate / 4:.2g}: "
-                "choose a lower learning rate; the best weights until then are kept",
+                "choose a lower learning rate",
                 self.trained("diverged"),
             )
         self._restarts += 1
@@ -277,7 +283,7 @@ class _Run:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         """Vectors, which are biases and scales of norms, do not decay."""
-        options, parameters = self._options, [self._module.weights[name] for name in self._names]
+        options, parameters = self._options, self._weights
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -332,7 +338,7 @@ class _Run:
             with np.load(checkpoint) as file:
                 arrays = dict(file)
             plain = json.loads(str(arrays.pop("plain")))
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{checkpoint} is no checkpoint of a training: remove it") from error
         if plain["of"] != self._identity:
             raise InputError(f"{checkpoint} is of another training: remove it, or name another file")
@@ -351,11 +357,11 @@ class _Run:
         self._optimizer.load_state_dict({**whole, "state": state})
 
 
-def _lay_out(module: GraphModule) -> None:
-    """Filters with their channels last: what they give is laid out so too, and takes a fifth less time."""
-    for parameter in module.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+def _why_nothing_learns(model: ir.Model) -> str:
+    stored = (node.inputs[0] for node in model.graph if node.op_type == "DequantizeLinear")
+    if any(value is not None and constant_of(value) is not None for value in stored):
+        return "the model's weights are integers, which do not learn: train the float model it was made of"
+    return "the model has no weights to train, or all of them are frozen: free some"
 
 
 def judged_on(module: GraphModule, objective: Objective, held_back: Stack, size: int) -> tuple[float, float]:
@@ -371,57 +377,14 @@ def judged_on(module: GraphModule, objective: Objective, held_back: Stack, size:
 
 
 def _numpy(tensor: Tensor) -> Array:
-    array: Array = tensor.detach().cpu().numpy()
+    """The numbers, in float32 those of a type that numpy lacks: loading them turns them back."""
+    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
     return array
 
 
 @contextmanager
 def _settings(threads: int | None, seed: int) -> Iterator[None]:
     """So many threads and this seed for torch, and afterwards as it was."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def stacks(
-    samples: Samples,
-    held_back: Samples,
-    options: TrainOptions,
-    runs: Sequence[Callable[[Batch], Mapping[str, Array]]],
-) -> tuple[Stack, Stack]:
-    """Both stacked; one sample is a batch where one of `runs` takes no more at once."""
-    first = Stack.of(samples.take(range(min(2, len(samples)))), options.memory)
-    alone = not all(_takes_more(run, first) for run in runs)
-    return (
-        Stack.of(samples, options.memory, alone=alone),
-        Stack.of(held_back, options.memory, alone=alone),
-    )
-
-
-def _takes_more(run: Callable[[Batch], Mapping[str, Array]], two: Stack) -> bool:
-    """Whether two samples at once give what each gives by itself."""
-    if any(array.ndim < 2 for bucket in two.buckets for array in bucket.values()):
-        return False
-    try:
-        together = [run(batch) for batch in two.in_order(2)]
-    except (InputError, RuntimeError, IndexError, ValueError):
-        return False
-    apart = [run(batch) for batch in two.in_order(1)]
-    if len(together) == len(apart):  # the two are of different shapes
-        return True
-    return all(
-        array.shape[:1] == (sum(len(part[name]) for part in apart),)
-        and np.allclose(array, np.concatenate([part[name] for part in apart]), 1e-2, 1e-3)
-        for name, array in together[0].items()
-    )
-
-
-def can_vary(stack: Stack, options: TrainOptions) -> bool:
-    """Whether the samples are images, to be varied."""
-    return options.augment == "auto" and all(are_images(batch.feed) for batch in stack.in_order(1))
+    with torch_threads(threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -93,19 +93,22 @@ def _change_text(score: Score) -> str:
     if score.metric == "agreement":
         return percent(score.after, 1)  # the input agrees with itself
     if score.metric == "psnr":
-        return _score_text(score, score.after)
+        return score_text(score, score.after)
     if score.metric in _SHARES:
         return f"{100 * score.before:.1f} → {percent(score.after, 1)}"
     return f"{score.before:.4f} → {score.after:.4f}"
 
 
-def _score_text(score: Score, value: float) -> str:
+def score_text(score: Score, value: float) -> str:
+    """A value of the metric of `score`, in the metric's unit."""
     if score.metric == "psnr":
         return f"{value:.1f} dB"
     return percent(value, 1) if score.metric in _SHARES else f"{value:.4f}"
 
 
 def _bound_text(score: Score) -> str:
+    if math.isinf(score.allowed):
+        return "not bounded"
     if score.metric == "psnr":  # what is lost of the cap says nothing
         return f"at least {plain_digits(round(score.before - score.allowed, 1))} dB wanted"
     return f"{_allowed_text(score)} may be lost"
@@ -140,7 +143,7 @@ def summary(report: Report) -> str:
 def _accuracy_phrase(score: Score | None) -> str:
     if score is None:
         return ""
-    after, before = _score_text(score, score.after), _score_text(score, score.before)
+    after, before = score_text(score, score.after), score_text(score, score.before)
     if score.metric == "agreement":
         return f", with the same answer to {after} of the samples"
     if score.metric == "psnr":
@@ -189,8 +192,8 @@ def candidates_section(report: Report, tints: Mapping[str, str]) -> tuple[Sectio
         []
         if score is None
         else [
-            f"{score.metric} of what was written: {_score_text(score, score.after)}, of the input "
-            f"{_score_text(score, score.before)}; {_bound_text(score)}. "
+            f"{score.metric} of what was written: {score_text(score, score.after)}, of the input "
+            f"{score_text(score, score.before)}; {_bound_text(score)}. "
             "A candidate that breaks this bound never gets here: see the steps."
         ]
     )
@@ -395,10 +398,11 @@ def recipe_section(report: Report) -> tuple[Section, ...]:
         f"edgewise optimize {shlex.quote(report.input.path)} -o {shlex.quote(report.output.path)}{data} "
         "--recipe recipe.yaml"
     )
+    trained = report.history is not None and not report.amounts  # by labels, of which a recipe knows nothing
     return section(
         "recipe",
-        "Do it again",
-        Code("the command", command),
+        "How it was made" if trained else "Do it again",
+        None if trained else Code("the command", command),
         Code("recipe.yaml", recipe_text(report.recipe)),
         facts(
             [

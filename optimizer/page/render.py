@@ -42,6 +42,7 @@ from edgewise.optimizer.page.latency import (
     sweep_section,
     where_section,
 )
+from edgewise.optimizer.page.learning import amounts_section, learning_section
 from edgewise.optimizer.page.profile import assigned_table, in_float, profile_summary, time_section
 from edgewise.optimizer.page.text import count_text, digits, milliseconds, percent
 from edgewise.optimizer.profiling import ProfileReport
@@ -113,6 +114,8 @@ def _(report: Report) -> Page:
                 else section("latency", "How fast it is", *latency_blocks(latency, tints))
             ),
             *candidates_section(report, tints),
+            *amounts_section(report),
+            *learning_section(report.history),
             *(() if report.profiles is None else time_section(report.profiles)),
             *accuracy_section(report),
             *layers_section(report.layers),

@@ -76,6 +76,22 @@ def test_what_has_no_int8_kernel_is_written_in_what_has_one(tmp_path: Path) -> N
     assert not any("split-conv" in step.step for step in exact.steps)
 
 
+def test_report_shows_what_a_model_draws(tmp_path: Path, model_path: Path, data: str) -> None:
+    """A model of images gets its grids; of a classifier nobody tries to draw any."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        draw (float[N,3,8,8] z) => (float[N,3,8,8] image) { t = Identity (z) image = Tanh (t) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "draw.onnx")
+    np.savez(tmp_path / "z.npz", z=2 * np.random.default_rng(0).standard_normal((20, 3, 8, 8), np.float32))
+    recipe = QUICK.model_copy(update={"quantize": None})
+    options = {"recipe": recipe, "report": tmp_path / "report"}
+    drawn = optimize(tmp_path / "draw.onnx", tmp_path / "drawn.onnx", data=str(tmp_path / "z.npz"), **options)
+    assert drawn.images is not None
+    assert drawn.images.samples == 20
+    assert (tmp_path / "report" / "images-after.png").read_bytes() == drawn.images.after
+    assert 'id="images"' in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert optimize(model_path, tmp_path / "out.onnx", data=data, **options).images is None
+
+
 def test_output_says_how_it_was_made(model_path: Path, tmp_path: Path, data: str) -> None:
     report = optimize(model_path, tmp_path / "out.onnx", data=data, recipe=QUICK)
     metadata = files.load(tmp_path / "out.onnx").metadata_props

@@ -16,7 +16,7 @@ from PIL import Image
 
 from edgewise.calibration.data import from_arrays
 from edgewise.optimizer.frechet import Frechet
-from edgewise.optimizer.pictures import COLUMNS, Pictures, grid, pictures
+from edgewise.optimizer.pictures import COLUMNS, Pictures, can_draw, grid, pictures
 from edgewise.optimizer.report import write_report
 from edgewise.runtime.evaluate import input_specs
 
@@ -121,3 +121,22 @@ def test_a_report_names_the_files_beside_it(tmp_path: Path) -> None:
 def test_a_report_without_images_has_no_such_files(tmp_path: Path) -> None:
     write_report(bare(), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"report.json", "report.md"}
+
+
+@pytest.mark.parametrize("shape", ["N,1,8,8", "N,3,H,W", "N,16,16,4"])
+def test_shapes_that_are_drawn(shape: str) -> None:
+    assert can_draw(scaled(1.0, shape))
+
+
+@pytest.mark.parametrize("shape", ["N,10", "N,16,8,8", "N,C,8,8", "N,3,8,8,8"])
+def test_shapes_that_are_not(shape: str) -> None:
+    assert not can_draw(scaled(1.0, shape))
+
+
+def test_without_a_shape_or_floats_nothing_is_drawn() -> None:
+    unknown = scaled(1.0)
+    unknown.graph.outputs[0].shape = None
+    whole = scaled(1.0)
+    whole.graph.outputs[0].dtype = ir.DataType.INT64
+    assert not can_draw(unknown)
+    assert not can_draw(whole)

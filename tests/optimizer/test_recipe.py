@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from edgewise.calibration.data import Preprocess
-from edgewise.optimizer.recipe import Benchmark, Quantize, Recipe, load_recipe
+from edgewise.optimizer.recipe import Benchmark, Prune, Quantize, Recipe, load_recipe
 from edgewise.passes import EXACT_CHAIN
 from edgewise.runtime.errors import InputError
 
@@ -31,7 +32,22 @@ FULL = Recipe(
 )
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), FULL, Recipe(quantize=None, benchmark=None)])
+PRUNING = Prune(
+    score="taylor",
+    max_macs=0.4,
+    recover="closed-form",
+    effort=0.5,
+    schedule=3,
+    best_effort=True,
+    workers=2,
+    memory=1 << 28,
+)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(), FULL, Recipe(quantize=None, benchmark=None), Recipe(prune=Prune()), Recipe(prune=PRUNING)],
+)
 def test_yaml_round_trip(recipe: Recipe, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
@@ -81,6 +97,12 @@ MISTAKES = {
     "lossy preparation": ("quantize: {prepare: [insert-qdq]}", "insert-qdq"),
     "unknown method": ("quantize: {methods: [best]}", "methods"),
     "no method": ("quantize: {methods: []}", "methods"),
+    "two bounds of pruning": ("prune: {ratio: 0.5, max_size: 1}", "one bound counts, not max_size and ratio"),
+    "more than all": ("prune: {max_macs: 1.5}", "prune.max_macs"),
+    "a bound that is no number": ("prune: {min_metric: .nan}", "prune.min_metric"),
+    "endless effort": ("prune: {effort: .inf}", "prune.effort"),
+    "unknown score": ("prune: {score: best}", "prune.score"),
+    "unknown option of pruning": ("prune: {max_mac: 0.5}", "prune.max_mac"),
     "unknown target": ("target: toaster", "target"),
     "a runtime that is a number": ("runtime: 1.20", "runtime"),
     "unknown runtime": ("runtime: newest", "no version of onnxruntime"),
@@ -128,3 +150,68 @@ def test_recipes_are_values() -> None:
     assert hash(Recipe()) == hash(Recipe())
     with pytest.raises(ValueError, match="frozen"):
         Recipe().seed = 3  # type: ignore[misc]
+
+
+BOUNDS = [("min_metric", 0.9), ("max_latency", 2.0), ("max_macs", 0.5), ("max_size", 1.0), ("ratio", 0.5)]
+
+
+@pytest.mark.parametrize(("name", "number"), BOUNDS)
+def test_only_a_bound_on_the_metric_is_searched_for(name: str, number: float) -> None:
+    assert Prune().bounds_metric
+    assert Prune.model_validate({name: number}).bounds_metric is (name == "min_metric")
+
+
+def wanted(recipe: Recipe, *, by_drop: bool = False, int8: bool = False, **options: Any) -> Recipe:
+    return recipe.to_prune(options, by_drop=by_drop, int8=int8)
+
+
+def test_without_a_word_of_pruning_a_recipe_stays_as_it_is() -> None:
+    assert wanted(FULL) is FULL
+
+
+@pytest.mark.parametrize("options", [{"score": "taylor"}, {"effort": 2.0}, {"best_effort": True}])
+def test_options_of_pruning_want_a_bound(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="a bound is missing: name one of --max-drop, --min-metric"):
+        wanted(FULL, **options)
+
+
+def test_int8_after_pruning_wants_a_bound() -> None:
+    with pytest.raises(InputError, match="a bound is missing"):
+        wanted(FULL, int8=True)
+
+
+def test_a_bound_prunes_in_float_unless_int8_is_asked_for() -> None:
+    found = wanted(FULL, max_macs=0.5, score="fisher")
+    assert found == FULL.model_copy(update={"prune": Prune(max_macs=0.5, score="fisher"), "quantize": None})
+    assert wanted(FULL, max_macs=0.5, int8=True).quantize == FULL.quantize
+
+
+def test_a_drop_is_a_bound_by_itself() -> None:
+    found = wanted(FULL, by_drop=True, trials=2)
+    assert found.prune == Prune(trials=2)
+    assert found.prune is not None
+    assert found.prune.bounds_metric
+
+
+@pytest.mark.parametrize(("name", "number"), BOUNDS)
+def test_a_drop_and_another_bound_do_not_go_together(name: str, number: float) -> None:
+    with pytest.raises(InputError, match=f"not --max-drop and --{name.replace('_', '-')}"):
+        wanted(FULL, by_drop=True, **{name: number})
+
+
+def test_two_bounds_are_one_too_many() -> None:
+    with pytest.raises(InputError, match="one bound counts, not max_macs and ratio"):
+        wanted(FULL, max_macs=0.5, ratio=0.5)
+
+
+def test_a_bound_takes_the_place_of_the_recipes() -> None:
+    recipe = Recipe(prune=PRUNING)
+    found = wanted(recipe, max_size=2.0).prune
+    assert found == Prune.model_validate({**PRUNING.model_dump(), "max_macs": None, "max_size": 2.0})
+    assert wanted(recipe, by_drop=True).prune == PRUNING.model_copy(update={"max_macs": None})
+
+
+def test_options_without_a_bound_change_the_recipes_section() -> None:
+    recipe = Recipe(prune=PRUNING)
+    assert wanted(recipe, recover="none").prune == PRUNING.model_copy(update={"recover": "none"})
+    assert wanted(recipe).prune == PRUNING

@@ -12,8 +12,8 @@ from edgewise.optimizer.comparison import Difference
 from edgewise.optimizer.layers import LayerNoise
 from edgewise.optimizer.pipeline import StepReport
 from edgewise.optimizer.profiling import ProfileReport
-from edgewise.optimizer.recipe import Recipe
-from edgewise.optimizer.report import Candidate, ModelFacts, Report, Score
+from edgewise.optimizer.recipe import Prune, Recipe
+from edgewise.optimizer.report import Amount, Candidate, ModelFacts, Report, Score
 from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.costs import Kind
 from edgewise.runtime.latency import LatencyReport, ModelLatency, Ratio
@@ -23,6 +23,7 @@ from edgewise.runtime.profile import NodeTime, Profile
 from edgewise.runtime.profile_difference import difference
 from edgewise.runtime.session import Grant
 from edgewise.runtime.statistics import Verdict
+from edgewise.training.options import Epoch, History
 
 CPU = "CPUExecutionProvider"
 MACHINE = Machine(
@@ -210,6 +211,24 @@ def report(candidate: str = "int8") -> Report:
             for i in range(14)
         ),
         profiles=profiled("input", candidate),
+    )
+
+
+def pruned() -> Report:
+    """A run that pruned, in float and in int8 under one bound, and learned in two phases."""
+    tried = ((0.21, 0.86, 0.84), (0.39, 0.992, 0.988), (0.44, 0.99, 0.971), (0.62, 0.993, 0.991))
+    blocks = tuple(
+        Epoch(i, 0.9 / i if i else None, 0.8 / (i + 1), 0.5, 1e-3, 1.5, "blocks") for i in range(4)
+    )
+    whole = tuple(Epoch(i, 0.5 / i if i else None, 0.4 / (i + 1), 0.9, 1e-3, 2.5) for i in range(12))
+    return dataclasses.replace(
+        report("pruned"),
+        recipe=Recipe(threads=1, prune=Prune()).model_dump(mode="json"),
+        amounts=tuple(
+            Amount(macs, macs, round(350_000 * macs), round(1_400_000 * macs), score, int8, int8 > 0.986)
+            for macs, score, int8 in tried
+        ),
+        history=History((*blocks, *whole), "patience is over"),
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_cases
 import onnx_ir as ir
 import torch
+from onnx_cases import base_of, modules
 
 from edgewise.passes.base import graphs_of
 from edgewise.training.graph_module import GraphModule
@@ -74,33 +75,19 @@ class Case:
 @cache
 def cases() -> tuple[Case, ...]:
     """All cases. Making them takes some seconds: every expected output is computed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from onnx.backend.test.case.node import collect_testcases
-
-        tests = collect_testcases(None)
-    operators: dict[str, str] = {}
-    for test in tests:
-        if "_expanded" not in test.name:
-            node = test.model.graph.node[0]
-            operators[test.name] = node.op_type if node.domain == "" else f"{node.domain}.{node.op_type}"
-    return tuple(_case(test, operators) for test in tests)
+    return tuple(case for operator in modules() for case in cases_of(operator))
 
 
-def _case(test: Any, operators: Mapping[str, str]) -> Case:
-    base = test.name.split("_expanded")[0]
+def cases_of(operator: str) -> tuple[Case, ...]:
+    """The cases of one operator; those written out in others count for what they stand for."""
+    tests = onnx_cases.cases_of(operator)
+    names = {key_of(test.model.graph.node[0]) for test in tests if test.name == base_of(test)}
+    return tuple(_case(test, name) for name in names for test in tests)
+
+
+def _case(test: Any, operator: str) -> Case:
     used = {key_of(node) for graph in graphs_of(ir.from_proto(test.model)) for node in graph}
-    return Case(operators.get(base, "?"), test.name != base, test, tuple(sorted(used.difference(CLAIMED))))
-
-
-@cache
-def cases_by_operator() -> Mapping[str, tuple[Case, ...]]:
-    """The cases that can be run, by operator; those written out in others count for what they stand for."""
-    found: dict[str, list[Case]] = defaultdict(list)
-    for case in cases():
-        if not case.lacks:
-            found[case.operator].append(case)
-    return {operator: tuple(group) for operator, group in found.items()}
+    return Case(operator, test.name != base_of(test), test, tuple(sorted(used.difference(CLAIMED))))
 
 
 def run(case: Case) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from edgewise.calibration.data import Samples, from_arrays, from_function
+from edgewise.runtime.errors import EdgewiseError
 from edgewise.runtime.evaluate import TensorSpec
 from edgewise.training.batches import Batch, Stack, are_images, varied
 
@@ -37,7 +40,7 @@ def test_every_sample_comes_once_an_epoch_in_memory_or_from_a_file(memory: int) 
 
 
 def test_a_model_of_one_sample_a_run_gets_one() -> None:
-    stack = Stack.of(_samples(3), 2**20, alone=True)
+    stack = Stack.of(_samples(3), 2**20, at_once=1)
     assert [len(batch.feed["x"]) for step in stack.steps(3, RNG) for batch in step] == [1, 1, 1]
 
 
@@ -103,5 +106,18 @@ def test_mixtures_say_of_what_they_are() -> None:
 def test_what_is_no_image_is_known() -> None:
     assert are_images({"x": np.zeros((1, 3, 8, 8), np.float32)})
     assert not are_images({"x": np.zeros((1, 100, 1, 1), np.float32)})
+    assert not are_images({"x": np.zeros((1, 100, 8, 8), np.float32)})
     assert not are_images({"x": np.zeros((1, 3, 8, 8), np.int64)})
     assert not are_images({"x": np.zeros((1, 3, 8, 8), np.float32), "t": np.zeros((1,), np.float32)})
+
+
+def test_answers_that_memory_does_not_hold_are_asked_for_again() -> None:
+    stack = Stack.of(_samples(), 2**20)
+    assert stack.with_targets(lambda b: {"y": b.feed["x"]}, 3, 10 * 24 - 1).targets is None
+    assert stack.with_targets(lambda b: {"y": b.feed["x"]}, 3, 10 * 24).targets is not None
+
+
+def test_a_file_that_finds_no_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(EdgewiseError, match="TMPDIR"):
+        Stack.of(_samples(), 0)

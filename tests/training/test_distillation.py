@@ -179,3 +179,32 @@ def test_cut_points_are_the_ends_of_blocks() -> None:
         w=normal(4, 4, 1, 1),
     )
     assert cut_points(residual) == ("b", "h")
+
+
+@pytest.mark.parametrize("last", ["Tanh", "Sigmoid"])
+def test_a_picture_in_a_row_is_no_row_of_scores(last: str) -> None:
+    text = f"""g (float[N, 5] x) => (float[N, 64] y) {{
+        h = Gemm(x, w0)
+        r = Relu(h)
+        z = Gemm(r, w1)
+        y = {last}(z)
+    }}"""
+    teacher = build(text, 17, w0=normal(5, 16), w1=normal(16, 64, seed=1))
+    samples = from_arrays({"x": normal(64, 5, seed=3)}, input_specs(teacher))
+    trained = distill(teacher, disturbed(teacher, 0.5), samples, samples, OPTIONS, threads=1)
+    best, start = trained.history.best, trained.history.start
+    # The score is one less the noise, not how often the brightest pixel is the same.
+    pixels = np.concatenate([feed["x"] for feed in samples])
+    assert best.score == pytest.approx(1 - _noise(teacher, trained.model, {"x": pixels}), abs=1e-3)
+    assert best.score > start.score
+
+
+def test_labels_that_do_not_fit_are_named_or_left_out() -> None:
+    teacher = classifier()
+    samples = images(teacher, 32)
+    labels = np.full(32, 1000)
+    labelled = from_arrays({"x": np.concatenate([f["x"] for f in samples])}, input_specs(teacher), labels)
+    with pytest.raises(InputError, match="classes"):
+        distill(teacher, teacher, labelled, labelled, replace(OPTIONS, epochs=1), threads=1)
+    without = replace(OPTIONS, epochs=1, labels=0.0)
+    assert distill(teacher, teacher, labelled, labelled, without, threads=1).history.best.score == 1.0

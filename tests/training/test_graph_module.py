@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -322,3 +323,21 @@ def test_gradients_of_a_real_net_are_the_differences_of_its_loss(corpus: Path) -
                 weight += sign * step * gradient / norm
             losses.append(loss())
     torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), norm, rtol=1e-4, atol=0)
+
+
+def test_a_copy_has_numbers_of_its_own_and_no_hooks() -> None:
+    text = "g (float[N, 3] x) => (float[N, 3] y) { z = MatMul(x, w) y = BatchNormalization(z, s, b, m, v) }"
+    ones, zeros = np.ones(3, np.float32), np.zeros(3, np.float32)
+    module = GraphModule(build(text, 17, w=normal(3, 3), s=ones, b=zeros, m=zeros, v=ones)).double().eval()
+    module.weights["w"].requires_grad_(False)
+    module.register_value_hook("y", lambda value: value * 0)
+    other = copy.deepcopy(module)
+    assert not other.training
+    assert other.weights["w"].dtype == torch.float64
+    assert not other.weights["w"].requires_grad
+    x = torch.from_numpy(normal(4, 3)).double()
+    assert other({"x": x})["y"].abs().sum() > 0
+    other.weights["w"].data.zero_()
+    other.statistics["m"].add_(1)
+    assert module.weights["w"].abs().sum() > 0
+    assert torch.equal(module.statistics["m"], torch.zeros(3, dtype=torch.float64))

@@ -353,3 +353,16 @@ def test_the_table_needs_no_torch() -> None:
     """Whoever prunes by magnitude needs none."""
     script = "import sys, edgewise.training.importance; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("method", BY_GRADIENTS)
+def test_an_output_of_one_number_a_row_has_gradients(method: str) -> None:
+    text = """g (float[N, 4] x) => (float[N] y) {
+        h = Gemm<transB = 1>(x, w0)
+        r = Relu(h)
+        s = Gemm<transB = 1>(r, w1)
+        y = Squeeze(s, axes)
+    }"""
+    model = build(text, 17, w0=normal(6, 4), w1=normal(1, 6, seed=1), axes=np.array([1]))
+    scores = score(model, method, from_arrays({"x": normal(8, 4)}, input_specs(model)))
+    assert np.isfinite(np.concatenate(list(scores.values()))).any()

@@ -75,7 +75,7 @@ def test_channels_that_training_made_zero_are_removed_exactly(kind: str, strengt
 def test_penalties_that_mean_nothing_are_refused() -> None:
     with pytest.raises(InputError, match="l0"):
         Penalty("l0", 1.0)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="negative"):
+    with pytest.raises(InputError, match="from zero on"):
         Penalty("l1", -1.0)
     model = classifier()
     with pytest.raises(InputError, match="finds nothing"):

@@ -9,9 +9,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from rewrites import build, normal
 from small_nets import classifier, constants, disturbed, images
 
+from edgewise.calibration.data import from_arrays
 from edgewise.runtime.errors import EdgewiseError, InputError
+from edgewise.runtime.evaluate import input_specs
 from edgewise.training.batches import Batch, Stack
 from edgewise.training.distillation import distill
 from edgewise.training.graph_module import GraphModule
@@ -163,3 +166,50 @@ def test_threads_of_torch_are_as_before() -> None:
     before = torch.get_num_threads()
     _distilled(replace(OPTIONS, epochs=1))
     assert torch.get_num_threads() == before
+
+
+def test_frozen_weights_gather_no_gradients() -> None:
+    model = classifier()
+    module = GraphModule(model)
+    stack = Stack.of(images(model, 16), 2**20)
+    train(model, module, _Bowl(module), stack, stack, replace(OPTIONS, freeze=("w*",)), threads=1)
+    assert {name for name, w in module.weights.items() if w.grad is None} == {"w1", "w2", "w3"}
+
+
+def test_weights_of_integers_are_refused_with_a_word() -> None:
+    text = """g (float[N, 4] x) => (float[N, 4] y) { w = DequantizeLinear(q, s) y = MatMul(x, w) }"""
+    model = build(text, 17, q=np.ones((4, 4), np.int8), s=np.array(0.1, np.float32))
+    samples = from_arrays({"x": normal(8, 4)}, input_specs(model))
+    with pytest.raises(InputError, match="weights are integers"):
+        distill(model, model, samples, samples, OPTIONS)
+
+
+def test_outputs_that_no_weight_moves_are_an_error() -> None:
+    class Constant:
+        def __call__(self, batch: Batch) -> Answer:
+            return Answer(torch.ones(()), 0.0)
+
+    model = classifier()
+    stack = Stack.of(images(model, 16), 2**20)
+    with pytest.raises(EdgewiseError, match="smoothly"):
+        train(model, GraphModule(model), Constant(), stack, stack, OPTIONS)
+
+
+def test_a_checkpoint_cut_short_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.npz"
+    _distilled(replace(OPTIONS, epochs=1), file)
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(InputError, match="no checkpoint"):
+        _distilled(replace(OPTIONS, epochs=1), file)
+
+
+def test_interrupted_in_the_last_phase_has_the_history_of_both() -> None:
+    def stop(epoch: Epoch) -> None:
+        if epoch.phase == "end to end":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as stopped:
+        _distilled(replace(OPTIONS, blockwise=0.5, epochs=4), progress=stop)
+    history = stopped.value.trained.history
+    assert {epoch.phase for epoch in history.epochs} == {"block by block", "end to end"}
+    assert history.ended == "interrupted"

@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nn
 
-from edgewise.training.operators.call import Call, Operator
+from edgewise.training.operators.call import Call, Operator, unary
 
 _FIRST_OF_ONE_AXIS = 13  # before, Softmax and its kin work on all axes from `axis` on, as one
 _FIRST_WITH_RATIO_INPUT = 12
-
-
-def _unary(function: Callable[[Tensor], Tensor]) -> Operator:
-    def operator(call: Call) -> Tensor:
-        return function(call.input(0))
-
-    return operator
 
 
 def leaky_relu(call: Call) -> Tensor:
@@ -131,24 +124,24 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "Celu": celu,
         "Dropout": dropout,
         "Elu": elu,
-        "Erf": _unary(torch.erf),
+        "Erf": unary(torch.erf),
         "Gelu": gelu,
         "HardSigmoid": hard_sigmoid,
-        "HardSwish": _unary(nn.hardswish),
+        "HardSwish": unary(nn.hardswish),
         "Hardmax": hardmax,
         "LeakyRelu": leaky_relu,
         "LogSoftmax": log_softmax,
-        "Mish": _unary(nn.mish),
+        "Mish": unary(nn.mish),
         "PRelu": prelu,
-        "Relu": _unary(torch.relu),
+        "Relu": unary(torch.relu),
         "Selu": selu,
         "Shrink": shrink,
-        "Sigmoid": _unary(torch.sigmoid),
+        "Sigmoid": unary(torch.sigmoid),
         "Softmax": softmax,
-        "Softplus": _unary(nn.softplus),
-        "Softsign": _unary(nn.softsign),
+        "Softplus": unary(nn.softplus),
+        "Softsign": unary(nn.softsign),
         "Swish": swish,
-        "Tanh": _unary(torch.tanh),
+        "Tanh": unary(torch.tanh),
         "ThresholdedRelu": thresholded_relu,
         "com.microsoft.BiasGelu": biased_gelu,
         "com.microsoft.FastGelu": fast_gelu,

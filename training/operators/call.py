@@ -66,6 +66,11 @@ Operator: TypeAlias = Callable[[Call], Tensor | tuple[Tensor | None, ...]]
 """A tensor for a node of one output, else a tuple with one entry an output, None for those not made."""
 
 
+def unary(function: Callable[[Tensor], Tensor]) -> Operator:
+    """The operator that makes its one input into `function` of it."""
+    return lambda call: function(call.input(0))
+
+
 def described(node: ir.Node) -> str:
     """How a message names a node."""
     name = node.name or next((v.name for v in node.outputs if v.name), "") or "?"

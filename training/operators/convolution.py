@@ -8,9 +8,8 @@ from types import MappingProxyType
 from torch import Tensor
 from torch.nn import functional as nn
 
-from edgewise.runtime.errors import InputError
-from edgewise.training.operators.call import Call, Operator, described
-from edgewise.training.operators.windows import Sizes, padded, windows_of
+from edgewise.training.operators.call import Call, Operator
+from edgewise.training.operators.windows import Sizes, of_rank, padded, windows_of
 
 _CONV: Mapping[int, Callable[..., Tensor]] = MappingProxyType({1: nn.conv1d, 2: nn.conv2d, 3: nn.conv3d})
 _TRANSPOSED: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
@@ -29,14 +28,14 @@ def convolved(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     padding = w.begins
     if not w.symmetric:
         x, padding = padded(x, w.begins, w.ends), (0,) * len(w.begins)
-    function = _of_rank(_CONV, call, x)
+    function = of_rank(_CONV, call)
     return function(x, weight, bias, w.strides, padding, w.dilations, call.attr("group", 1))
 
 
 def conv_transpose(call: Call) -> Tensor:
     """Y of size stride * (n - 1) + output_padding + span - padding an axis, `output_shape` sets the last."""
     x, weight, bias = call.input(0), call.input(1), call.optional(2)
-    function, rank = _of_rank(_TRANSPOSED, call, x), x.dim() - 2
+    function, rank = of_rank(_TRANSPOSED, call), x.dim() - 2
     more: Sizes = call.attr("output_padding") or (0,) * rank
     w = windows_of(call, tuple(weight.shape[2:]), x.shape[2:])
     full = [
@@ -64,13 +63,6 @@ def _transposed_padding(call: Call, full: list[int], same: list[int]) -> tuple[S
     totals = [rows - target for rows, target in zip(full, wanted[-len(full) :], strict=True)]
     less, more = tuple(max(t, 0) // 2 for t in totals), tuple(t - max(t, 0) // 2 for t in totals)
     return (less, more) if automatic == "SAME_UPPER" or min(totals) < 0 else (more, less)
-
-
-def _of_rank(table: Mapping[int, Callable[..., Tensor]], call: Call, x: Tensor) -> Callable[..., Tensor]:
-    function = table.get(x.dim() - 2)
-    if function is None:
-        raise InputError(f"{described(call.node)} has {x.dim() - 2} spatial axes; 1 to 3 are supported")
-    return function
 
 
 OPERATORS: Mapping[str, Operator] = MappingProxyType({"Conv": conv, "ConvTranspose": conv_transpose})

@@ -9,18 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from edgewise.training.operators.call import Call, Operator
-from edgewise.training.operators.tensors import gathered
-
-_SCARCE = (torch.uint16, torch.uint32, torch.uint64)
-"""Types for which torch has hardly any arithmetic; in int64 it comes out the same, modulo their width."""
-
-
-def _unary(function: Callable[[Tensor], Tensor]) -> Operator:
-    def operator(call: Call) -> Tensor:
-        return function(call.input(0))
-
-    return operator
+from edgewise.training.operators.call import Call, Operator, unary
+from edgewise.training.operators.tensors import LACKS_ARITHMETIC, gathered
 
 
 def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
@@ -42,7 +32,7 @@ def computed(function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor)
     """`function` of two tensors of one type, on one device, in a type that torch can compute in."""
     if a.device != b.device:  # integers that describe shapes stay on the processor
         a, b = gathered([a, b])
-    if a.dtype in _SCARCE:
+    if a.dtype in LACKS_ARITHMETIC:
         return function(a.long(), b.long()).to(a.dtype)
     return function(a, b)
 
@@ -83,40 +73,40 @@ def clip(call: Call) -> Tensor:
         x = x if low is None else torch.maximum(x, low)
         return x if high is None else torch.minimum(x, high)
     numbers = (None if bound is None else bound.item() for bound in (low, high))
-    if x.dtype in _SCARCE:
+    if x.dtype in LACKS_ARITHMETIC:
         return torch.clamp(x.long(), *numbers).to(x.dtype)
     return torch.clamp(x, *numbers)
 
 
 def absolute(x: Tensor) -> Tensor:
-    return x if x.dtype in (*_SCARCE, torch.uint8) else x.abs()
+    return x if x.dtype in (*LACKS_ARITHMETIC, torch.uint8) else x.abs()
 
 
 def sign(x: Tensor) -> Tensor:
-    return x.long().sign().to(x.dtype) if x.dtype in _SCARCE else x.sign()
+    return x.long().sign().to(x.dtype) if x.dtype in LACKS_ARITHMETIC else x.sign()
 
 
 OPERATORS: Mapping[str, Operator] = MappingProxyType(
     {
-        "Abs": _unary(absolute),
+        "Abs": unary(absolute),
         "Add": _binary(torch.add),
-        "Ceil": _unary(torch.ceil),
+        "Ceil": unary(torch.ceil),
         "Clip": clip,
         "Div": _binary(_quotient),
-        "Exp": _unary(torch.exp),
-        "Floor": _unary(torch.floor),
-        "Log": _unary(torch.log),
+        "Exp": unary(torch.exp),
+        "Floor": unary(torch.floor),
+        "Log": unary(torch.log),
         "Max": _variadic(torch.maximum),
         "Mean": mean,
         "Min": _variadic(torch.minimum),
         "Mod": modulo,
         "Mul": _binary(torch.mul),
-        "Neg": _unary(torch.neg),
+        "Neg": unary(torch.neg),
         "Pow": power,
-        "Reciprocal": _unary(torch.reciprocal),
-        "Round": _unary(torch.round),
-        "Sign": _unary(sign),
-        "Sqrt": _unary(torch.sqrt),
+        "Reciprocal": unary(torch.reciprocal),
+        "Round": unary(torch.round),
+        "Sign": unary(sign),
+        "Sqrt": unary(torch.sqrt),
         "Sub": _binary(torch.sub),
         "Sum": _variadic(torch.add),
     }

@@ -18,7 +18,8 @@ def batch_normalization(call: Call) -> Tensor | tuple[Tensor | None, ...]:
     """By the stored statistics, or in training by those of the batch, which then move the stored ones.
 
     ONNX's momentum is the share of the old statistics that stays, torch's that of the new ones. As in
-    torch, the stored variance is moved towards the unbiased one.
+    torch, the stored variance is moved towards the unbiased one. One number a channel has no variance: then
+    the stored statistics are taken.
     """
     x, scale, shift, mean, variance = (call.input(i) for i in range(5))
     if call.attr("training_mode", 0):
@@ -36,13 +37,14 @@ def _by_statistics(
 ) -> Tensor:
     epsilon: float = call.attr("epsilon", 1e-5)
     momentum: float = 1 - call.attr("momentum", 0.9)
+    training = call.training and x.numel() > scale.numel()
     cudnn = torch.backends.cudnn.enabled
     if mean.requires_grad or variance.requires_grad:  # computed by the graph: nothing is stored
-        if call.training:
+        if training:
             return torch.batch_norm(x, scale, shift, None, None, True, momentum, epsilon, cudnn)
         y = _normalized(x, _by_channel(mean, x), _by_channel(variance, x), epsilon)
         return y * _by_channel(scale, x) + _by_channel(shift, x)
-    return torch.batch_norm(x, scale, shift, mean, variance, call.training, momentum, epsilon, cudnn)
+    return torch.batch_norm(x, scale, shift, mean, variance, training, momentum, epsilon, cudnn)
 
 
 def _by_the_batch(call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

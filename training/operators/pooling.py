@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as nn
 
-from edgewise.runtime.errors import InputError
-from edgewise.training.operators.call import Call, Operator, described
-from edgewise.training.operators.windows import Sizes, Windows, padded, windows_of
-
-F = TypeVar("F")
+from edgewise.training.operators.call import Call, Operator
+from edgewise.training.operators.windows import Sizes, Windows, of_rank, padded, windows_of
 
 _MAX: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
     {1: torch.max_pool1d, 2: torch.max_pool2d, 3: torch.max_pool3d}
@@ -42,8 +38,8 @@ def max_pool(call: Call) -> Tensor | tuple[Tensor | None, ...]:
     if by_torch is none:
         x = padded(x, w.begins, _ends(call, w), -math.inf)
     if len(call.node.outputs) == 1:
-        return _of_rank(_MAX, call)(x, w.kernel, w.strides, by_torch, w.dilations)
-    y, indices = _of_rank(_MAX_WITH_INDICES, call)(x, w.kernel, w.strides, by_torch, w.dilations)
+        return of_rank(_MAX, call)(x, w.kernel, w.strides, by_torch, w.dilations)
+    y, indices = of_rank(_MAX_WITH_INDICES, call)(x, w.kernel, w.strides, by_torch, w.dilations)
     return y, _flat_indices(call, indices, x.shape[2:], by_hand)
 
 
@@ -82,7 +78,7 @@ def average_pool(call: Call) -> Tensor:
     x, w = call.input(0), _windows(call)
     counts_pads = bool(call.attr("count_include_pad", 0))
     if _native(call, w) and max(w.dilations) == 1:
-        return _of_rank(_MEAN, call)(x, w.kernel, w.strides, w.begins, False, counts_pads)
+        return of_rank(_MEAN, call)(x, w.kernel, w.strides, w.begins, False, counts_pads)
     ends = _ends(call, w)
     within = torch.ones((1, 1, *x.shape[2:]), dtype=x.dtype, device=x.device)
     if counts_pads:  # rows that only rounding up adds count never
@@ -104,7 +100,7 @@ def _window_sums(call: Call, x: Tensor, w: Windows) -> Tensor:
     """The sum of each window of an `x` that is padded already."""
     planes = x.reshape(-1, 1, *x.shape[2:])
     ones = torch.ones((1, 1, *w.kernel), dtype=x.dtype, device=x.device)
-    sums = _of_rank(_SUM, call)(planes, ones, None, w.strides, 0, w.dilations)
+    sums = of_rank(_SUM, call)(planes, ones, None, w.strides, 0, w.dilations)
     return sums.reshape(x.shape[0], x.shape[1], *sums.shape[2:])
 
 
@@ -159,13 +155,6 @@ def _ends(call: Call, w: Windows) -> list[int]:
             steps -= 1
         found.append(max(end, steps * stride + span - size - begin))
     return found
-
-
-def _of_rank(table: Mapping[int, F], call: Call) -> F:
-    rank = call.input(0).dim() - 2
-    if rank not in table:
-        raise InputError(f"{described(call.node)} has {rank} spatial axes; 1 to 3 are supported")
-    return table[rank]
 
 
 OPERATORS: Mapping[str, Operator] = MappingProxyType(

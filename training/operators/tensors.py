@@ -34,7 +34,8 @@ _DTYPES = MappingProxyType(
         20: torch.float8_e5m2fnuz,
     }
 )
-_LACKS_ARITHMETIC = frozenset({torch.uint16, torch.uint32, torch.uint64})
+LACKS_ARITHMETIC = frozenset({torch.uint16, torch.uint32, torch.uint64})
+"""Types for which torch has hardly any; in int64 it comes out the same, modulo their width."""
 FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz})
 
 
@@ -70,4 +71,4 @@ def wrapped(indices: Tensor, size: int) -> Tensor:
 
 def computable(data: Tensor) -> Tensor:
     """`data`, or int64 where torch has no arithmetic for its unsigned type."""
-    return data.long() if data.dtype in _LACKS_ARITHMETIC else data
+    return data.long() if data.dtype in LACKS_ARITHMETIC else data

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 from torch.nn import functional as nn
 
-from edgewise.training.operators.call import Call
+from edgewise.runtime.errors import InputError
+from edgewise.training.operators.call import Call, described
 
 Sizes: TypeAlias = tuple[int, ...]
+F = TypeVar("F")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,14 @@ def _same(
     )
     less, more = tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
     return (less, more) if upper else (more, less)
+
+
+def of_rank(table: Mapping[int, F], call: Call) -> F:
+    """The entry for as many spatial axes as a node's first input has. Raises `InputError` without one."""
+    rank = call.input(0).dim() - 2
+    if rank not in table:
+        raise InputError(f"{described(call.node)} has {rank} spatial axes; 1 to 3 are supported")
+    return table[rank]
 
 
 def padded(x: Tensor, begins: Sequence[int], ends: Sequence[int], value: float = 0.0) -> Tensor:

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answers import profiled, report, sweep
+from answers import profiled, pruned, report, sweep
 
 from edgewise.optimizer.page.render import Answer, write_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-ANSWERS: dict[str, Answer] = {"optimize": report(), "bench": sweep(), "profile": profiled("float", "int8")}
+ANSWERS: dict[str, Answer] = {
+    "optimize": report(),
+    "prune": pruned(),
+    "bench": sweep(),
+    "profile": profiled("float", "int8"),
+}
 DESK, PHONE = (1100, 900), (390, 844)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
 

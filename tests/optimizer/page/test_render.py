@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from answers import bare, benchmark, latency, profiled, report, sweep
+from answers import bare, benchmark, latency, profiled, pruned, report, sweep
 
 from edgewise.optimizer.benchmarking import AgainstBaseline, Benchmark
 from edgewise.optimizer.page.latency import speed_words
@@ -28,6 +28,7 @@ VOID = {"meta", "link", "br", "hr", "img", "input", "col"}
 
 ANSWERS: dict[str, Answer] = {
     "report": report(),
+    "pruned": pruned(),
     "bare": bare(),
     "benchmark": benchmark("float", "int8"),
     "one model": benchmark("float"),
