@@ -713,6 +713,7 @@ def distill(
     metric: MetricName = None,
     threads: Threads = None,
     seed: Seed = None,
+    report: ReportFolder = None,
     no_benchmark: NoBenchmark = False,
     force: Force = False,
     json_file: Json = None,
@@ -744,6 +745,7 @@ def distill(
             data=data,
             recipe=options,
             options=training,
+            report=report,
             force=force,
             progress=progress,
         )

@@ -17,11 +17,11 @@ from edgewise.optimizer import files
 from edgewise.optimizer.frechet import Frechet
 from edgewise.optimizer.image_metrics import CAP_DB
 from edgewise.optimizer.judge import Judge
-from edgewise.optimizer.optimization import optimize
+from edgewise.optimizer.optimization import optimize, publish
 from edgewise.optimizer.pictures import Pictures, pictures
 from edgewise.optimizer.pipeline import Progress, no_progress
 from edgewise.optimizer.recipe import Recipe
-from edgewise.optimizer.report import Report, Score, plain, write_report
+from edgewise.optimizer.report import Report, Score, plain
 from edgewise.optimizer.torch_export import export
 from edgewise.runtime.evaluate import input_specs
 
@@ -114,11 +114,8 @@ def _generator_demo(folder: Path, recipe: Recipe | None, progress: Progress) -> 
         force=True,
         progress=progress,
     )
-    from edgewise.optimizer.page import write_page  # brings matplotlib, which takes a second
-
     report = dataclasses.replace(report, images=_drawn(folder, exported, output))
-    write_report(report, folder / "report")
-    write_page(report, folder / "report")
+    publish(report, folder / "report")
     return DemoReport(str(exported), str(samples), str(output), str(folder / "report"), report)
 
 

@@ -104,11 +104,16 @@ def run_job(
             result = _explained(result, [start.file(scratch), output], made, start.samples, recipe, progress)
     result = dataclasses.replace(result, input=dataclasses.replace(result.input, path=os.fspath(model)))
     if report is not None:
-        from edgewise.optimizer.page import write_page  # brings matplotlib, which takes a second
-
-        write_report(result, Path(report))
-        write_page(result, Path(report))
+        publish(result, Path(report))
     return result
+
+
+def publish(report: Report, folder: Path) -> None:
+    """Write the report into `folder` for machines and for people."""
+    from edgewise.optimizer.page import write_page  # brings matplotlib, which takes a second
+
+    write_report(report, folder)
+    write_page(report, folder)
 
 
 def as_file(model: str | os.PathLike[str], inputs: Sequence[str], scratch: Path, *, seed: int) -> Path:

@@ -30,7 +30,7 @@ _MULTIPLE = 8  # of widths: with 4 the same work took a tenth longer in float on
 _FITTED = {"reestimate": "statistics and biases"}
 _SCORING = 512  # samples that score channels and refit layers: more tell little new
 _BATCH = 64
-_WORK = 2.5e12  # multiply-accumulates of a distillation: about two minutes of two cores
+_WORK = 4e12  # multiply-accumulates of a distillation: about two minutes of two cores
 _MOST_EPOCHS = 60
 _BACKWARD = 3  # a step forward and back takes as long as three forward
 
@@ -197,6 +197,9 @@ class _Step:
         return TrainOptions(
             epochs=min(max(epochs, 1), _MOST_EPOCHS),
             batch=max(1, min(_BATCH, rows // 4)),
+            learning_rate=5e-4,
+            inner=0.0,  # what layers give was just fitted, and watching them costs a quarter more
+            frozen=1.0,  # statistics of batches would undo the fit: its outputs vary less than the original's
             seed=task.seed,
             memory=task.options.memory,
         )

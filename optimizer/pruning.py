@@ -65,7 +65,7 @@ PREPARATION = (
 
 MEGABYTE = 1e6
 
-_FEWEST = 16  # samples
+_FEWEST = 32  # samples
 _MOST_JUDGES = 1000
 _MOST_CHOOSING = 200
 _SECONDS = 4.0  # for a latency that is only a step towards the bound
@@ -158,11 +158,11 @@ class Search:
                 reached = min(reached, found)
                 if _NEAR * limit <= found <= limit:
                     break
-                guess = budget * limit / found
+                guess = budget * limit * (1 + _NEAR) / 2 / found  # just below the limit, for above it is none
             budget = guess if max(low, least) < guess < high else (max(low, least) + high) / 2
         if not low and not self.options.best_effort:
             raise EdgewiseError(
-                f"the bound cannot be reached: {reached:.3g} is the least that was found, not {limit:.3g}"
+                f"the bound cannot be reached: {reached:.4g} is the least that was found, not {limit:.4g}"
                 f"{why and f' ({why})'}; with --best-effort as little as possible is kept"
             )
         return (low or high), bool(low)
@@ -175,17 +175,11 @@ class Search:
         """One trial a budget, several at once where there are workers; those done before are read."""
         files = {budget: self._file(budget) for budget in budgets}
         known = {b: unpack(f.read_bytes()) for b, f in files.items() if f is not None and f.exists()}
-        made = dict(
-            zip(
-                [b for b in budgets if b not in known],
-                self._run([b for b in budgets if b not in known]),
-                strict=True,
-            )
-        )
-        for budget, trial in made.items():
+        todo = [budget for budget in budgets if budget not in known]
+        trials = {**known, **dict(zip(todo, self._run(todo), strict=True))}
+        for budget in todo:
             if (file := files[budget]) is not None:
-                file.write_bytes(pack(trial))
-        trials = {**known, **made}
+                file.write_bytes(pack(trials[budget]))
         return [(trials[b], self._amount(trials[b])) for b in budgets]
 
     def _run(self, budgets: Sequence[float]) -> list[Trial]:
@@ -245,7 +239,7 @@ def split_to_prune(samples: Samples, seed: int) -> Split:
             f"{count} samples are too few to learn from some and judge by others: give {_FEWEST} or more, "
             "better hundreds (labels are not needed)"
         )
-    judges, chooses = min(count // 4, _MOST_JUDGES), min(count // 8, _MOST_CHOOSING)
+    judges, chooses = min(count // 6, _MOST_JUDGES), min(count // 16, _MOST_CHOOSING)
     order = np.random.default_rng(seed).permutation(count)
     judge, choose, learn = np.split(order, [judges, judges + chooses])
     return Split(*(samples.take(np.sort(part)) for part in (learn, choose, judge)))

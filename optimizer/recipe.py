@@ -110,9 +110,9 @@ class Prune(_Frozen):
     than the recipe's `max_drop`; or no lower than `min_metric`. The others say how much is kept whatever the
     metric: `max_latency` ms, a share `max_macs` of the multiply-accumulates, `max_size` MB of file, or all
     layers lose the `ratio` of their channels. Channels leave by their `score`. What stays gets new statistics
-    and biases, or is refitted in closed form, or that and distilled from the original; `effort` multiplies how
+    and biases, or is refitted in closed form, or that and distilled from the original, for `effort` times as
     long. In `schedule` steps each cuts a little and recovers. With `best_effort` a bound that cannot be
-    reached is missed by as little as possible. `workers` processes try amounts at once, or actors of the Ray
+    reached is missed by as little as possible. So many `workers` try amounts at once, or actors of the Ray
     cluster at `ray`.
     """
 

@@ -18,7 +18,14 @@ from edgewise.optimizer.candidates import Given
 from edgewise.optimizer.choice import INPUT, choose
 from edgewise.optimizer.inputs import check_inputs
 from edgewise.optimizer.judge import Judge
-from edgewise.optimizer.optimization import check_targets, measure_files, run_job, save_stamped, stamp_of
+from edgewise.optimizer.optimization import (
+    check_targets,
+    measure_files,
+    publish,
+    run_job,
+    save_stamped,
+    stamp_of,
+)
 from edgewise.optimizer.pipeline import Progress, Reference, no_progress, run_passes
 from edgewise.optimizer.pruning import PREPARATION, split_to_prune
 from edgewise.optimizer.recipe import Quantize, Recipe
@@ -50,6 +57,7 @@ def distill(
     data: str | Samples | None,
     recipe: Recipe | None = None,
     options: TrainOptions | None = None,
+    report: ModelPath | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Report:
@@ -85,8 +93,11 @@ def distill(
     before, after = judge.score(start.adapted.model), judge.score(exact)
     score = Score(judge.metric.name, before, after, 0.0, len(parts.judge))
     save_stamped(exact, stamp_of(recipe, files.sha256(start.path), None), output, force=force)
-    report = _report(start, exact, output, recipe, score, progress)
-    return dataclasses.replace(report, steps=steps, history=trained.history)
+    result = _report(start, exact, output, recipe, score, progress)
+    result = dataclasses.replace(result, steps=steps, history=trained.history)
+    if report is not None:
+        publish(result, Path(report))
+    return result
 
 
 def finetune(

@@ -70,7 +70,9 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"training: {name} has to be above zero, not {value}")
-        for name in ("warmup", "frozen", "blockwise", "momentum", "labels"):
+        if not 0 <= self.frozen <= 1:
+            raise InputError(f"training: frozen is a share from 0 to 1, not {self.frozen}")
+        for name in ("warmup", "blockwise", "momentum", "labels"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(
                     f"training: {name} is a share, at least 0 and below 1, not {getattr(self, name)}"

@@ -56,6 +56,14 @@ def test_the_statistics_of_batch_norms_move_and_frozen_weights_stay() -> None:
     assert not moved & {"w1", "w2", "g2", "b2"}
 
 
+def test_statistics_that_are_frozen_all_the_way_stay() -> None:
+    before = constants(disturbed(classifier(), 0.5))
+    after = constants(_distilled(replace(OPTIONS, frozen=1.0)).model)
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert {"w1", "g1", "b1"} <= moved
+    assert not moved & {"m1", "v1", "m2", "v2"}
+
+
 def test_a_limit_in_steps_or_seconds_ends_a_training() -> None:
     assert len(_distilled(replace(OPTIONS, epochs=None, steps=4)).history.epochs) == 3  # 3 steps an epoch
     assert _distilled(replace(OPTIONS, epochs=None, max_seconds=0.2)).history.epochs[-1].learning_rate < 5e-3
