@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -190,9 +191,12 @@ def collect_in(
 
 
 @contextmanager
-def kept_beside(output: Path) -> Iterator[Path]:
-    """Where a job that writes `output` keeps its table: a file that only an interrupted job leaves behind."""
-    path = output.with_name(f"{output.name}.table.part")
+def kept_beside(output: Path, what: str = "table") -> Iterator[Path]:
+    """Where a job that writes `output` keeps its table, or its folder of `what`.
+
+    Only an interrupted job leaves it behind.
+    """
+    path = output.with_name(f"{output.name}.{what}.part")
     interrupted = False
     try:
         yield path
@@ -201,4 +205,4 @@ def kept_beside(output: Path) -> Iterator[Path]:
         raise
     finally:
         if not interrupted:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from edgewise.optimizer.judge import Judge
 from edgewise.optimizer.optimization import optimize, publish
 from edgewise.optimizer.pictures import Pictures, pictures
 from edgewise.optimizer.pipeline import Progress, no_progress
-from edgewise.optimizer.recipe import Recipe
+from edgewise.optimizer.recipe import Prune, Recipe
 from edgewise.optimizer.report import Report, Score, plain
 from edgewise.optimizer.torch_export import export
 from edgewise.runtime.evaluate import input_specs
@@ -29,6 +29,7 @@ _GENERATOR = "dcgan"
 _LATENTS = 512  # that calibrate and choose
 _FRESH_LATENTS = 500  # that judge at the end, as many as there are real images to test with
 _LEAST_PSNR = 30.0  # dB: from here on a difference is hard to see
+_PRUNE = Prune(min_metric=_LEAST_PSNR, trials=3, effort=0.02)  # a minute is enough for a demo
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _generator_demo(folder: Path, recipe: Recipe | None, progress: Progress) -> 
     exported, samples, output = (folder / n for n in ("dcgan.onnx", "latents.npz", "dcgan.optimized.onnx"))
     export(load_generator(_GENERATOR), facts.inputs, exported, force=True)
     _write_arrays(samples, facts.feed(_LATENTS, seed=0))
-    recipe = recipe or Recipe(metric="psnr", max_drop=CAP_DB - _LEAST_PSNR)
+    recipe = recipe or Recipe(metric="psnr", max_drop=CAP_DB - _LEAST_PSNR, prune=_PRUNE)
     report = optimize(
         exported,
         output,

@@ -34,6 +34,7 @@ from edgewise.optimizer.judge import Judge
 from edgewise.optimizer.optimization import check_targets, measure_files, run_job, stamp_of, write_result
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, no_progress, run_passes
 from edgewise.optimizer.probe import probe_feeds
+from edgewise.optimizer.pruning import PREPARATION
 from edgewise.optimizer.recipe import Quantize, Recipe
 from edgewise.optimizer.report import Report, Score, facts_of, plain
 from edgewise.optimizer.start import Start, begin
@@ -45,23 +46,7 @@ from edgewise.runtime.evaluate import Evaluator
 ModelPath = str | os.PathLike[str]
 _PRUNED, _INT8 = "pruned", "int8"
 _REMOVAL = "prune-channels{multiple: 4}"
-_PRUNING = (
-    "freeze-inputs",
-    "inline-functions",
-    "lift-constants",
-    "upgrade-opset",
-    "infer-shapes",
-    "fold-shapes",
-    "fold-constants",
-    "drop-zero-states",
-    "drop-identity",
-    "drop-no-ops",
-    "split-before-transpose",
-    "merge-reshapes",
-    "fuse-batch-norm",
-    _REMOVAL,
-    "drop-dead-nodes",
-)
+_PRUNING = (*PREPARATION, "fuse-batch-norm", _REMOVAL, "drop-dead-nodes")
 _NOT_JUDGED = (
     "no samples were given, so nobody knows how well the int8 model does its job: judge it with --data"
 )

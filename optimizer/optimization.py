@@ -25,7 +25,6 @@ from edgewise.optimizer.layers import layer_noise
 from edgewise.optimizer.pictures import Pictures, can_draw, pictures
 from edgewise.optimizer.pipeline import Progress, StepReport, no_progress
 from edgewise.optimizer.profiling import profile
-from edgewise.optimizer.pruning import trials_beside
 from edgewise.optimizer.recipe import Recipe
 from edgewise.optimizer.report import Report, facts_of, write_report
 from edgewise.optimizer.runtimes import limits_of
@@ -91,7 +90,7 @@ def run_job(
     with (
         tempfile.TemporaryDirectory(prefix="edgewise-") as folder,
         kept_beside(output) as kept,
-        trials_beside(output) as trials,
+        kept_beside(output, "trials") as trials,
         np.errstate(all="ignore"),  # what overflows is judged like all else
     ):
         scratch, given = Path(folder), dataclasses.replace(given, kept=kept, trials=trials)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +38,7 @@ from edgewise.optimizer.report import Amount
 from edgewise.optimizer.width_probe import Bench, measure_widths
 from edgewise.passes import parse
 from edgewise.passes.insert_qdq import InsertQdq
-from edgewise.passes.remove_channels import RemoveChannels
+from edgewise.passes.remove_channels import PrunePlan, RemoveChannels
 from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.errors import EdgewiseError
 from edgewise.runtime.evaluate import Feed
@@ -108,27 +106,29 @@ class Search:
 
     def for_metric(self) -> list[tuple[Trial, Amount]]:
         """Trials around the smallest amount that keeps the bound on the metric."""
-        found: list[tuple[Trial, Amount]] = []
-        least, why = 0.0, ""
-        while len(found) < self.options.trials:
-            amounts = [amount for _, amount in found]
+        done: list[tuple[PrunePlan, Trial, Amount]] = []
+        amounts: list[Amount] = []
+        least, why, at_once = 0.0, "", self.options.workers or 1
+        while len(done) < self.options.trials:
             passed = min((a.budget for a in amounts if a.keeps_bound), default=1.0)
             failed = max((a.budget for a in amounts if a.budget < passed), default=least)
             if failed and passed / failed < _CLOSE:
                 break
-            at_once = self.options.workers or 1
             step = (passed / (failed or passed * _FIRST**2)) ** (1 / (at_once + 1))
-            able = []
+            plans: dict[float, PrunePlan] = {}
             for budget in (passed / step ** (i + 1) for i in range(at_once)):
                 try:
-                    self._cut(budget)
-                    able.append(budget)
+                    plans[budget] = self._planned(budget)
                 except EdgewiseError as error:  # so few channels cannot stay
                     least, why = max(least, budget), str(error)
-            found += self.tried(able)
-        if not found:
+            new = _distinct(plans, [plan for plan, _, _ in done])
+            done += [(plans[t.budget], t, a) for t, a in self.tried(new)]
+            for budget, wanted in plans.items():  # widths come in steps: two budgets may be one plan
+                amount = next(a for plan, _, a in done if plan == wanted)
+                amounts.append(dataclasses.replace(amount, budget=budget))
+        if not done:
             raise EdgewiseError(why)
-        return found
+        return [(trial, amount) for _, trial, amount in done]
 
     def for_cost(self, cost: Cost, limit: float) -> list[tuple[Trial, Amount]]:
         """The trial of about the largest budget that brings `cost` down to `limit`."""
@@ -167,9 +167,11 @@ class Search:
             )
         return (low or high), bool(low)
 
+    def _planned(self, budget: float) -> PrunePlan:
+        return planned(self.task, self.task.model, self.task.scores, budget)
+
     def _cut(self, budget: float) -> ir.Model:
-        task = self.task
-        return RemoveChannels(planned(task, task.model, task.scores, budget)).on(task.model)
+        return RemoveChannels(self._planned(budget)).on(self.task.model)
 
     def tried(self, budgets: Sequence[float]) -> list[tuple[Trial, Amount]]:
         """One trial a budget, several at once where there are workers; those done before are read."""
@@ -228,6 +230,12 @@ class Search:
         return self.judge.score(InsertQdq(chosen).on(ready)) if chosen.quantized else None
 
 
+def _distinct(plans: Mapping[float, PrunePlan], known: Sequence[PrunePlan]) -> list[float]:
+    """The budgets of plans that are not known, one for each plan."""
+    told = list(plans)
+    return [b for i, b in enumerate(told) if plans[b] not in (*known, *(plans[other] for other in told[:i]))]
+
+
 def split_to_prune(samples: Samples, seed: int) -> Split:
     """Samples to learn from, to stop learning by, and to judge by, drawn at random and apart.
 
@@ -243,21 +251,6 @@ def split_to_prune(samples: Samples, seed: int) -> Split:
     order = np.random.default_rng(seed).permutation(count)
     judge, choose, learn = np.split(order, [judges, judges + chooses])
     return Split(*(samples.take(np.sort(part)) for part in (learn, choose, judge)))
-
-
-@contextmanager
-def trials_beside(output: Path) -> Iterator[Path]:
-    """Where a job that writes `output` keeps its trials: a folder that only an interrupt leaves behind."""
-    folder = output.with_name(f"{output.name}.trials.part")
-    interrupted = False
-    try:
-        yield folder
-    except KeyboardInterrupt:
-        interrupted = True
-        raise
-    finally:
-        if not interrupted:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_pruned(
