@@ -629,9 +629,9 @@ def prune(
     force: Force = False,
     json_file: Json = None,
 ) -> None:
-    """Keep as little of MODEL as a bound allows, and give that its accuracy back.
+    """Keep as little of MODEL as a bound allows, and recover it.
 
-    Unlabelled samples are enough. Without a bound, only channels leave that hold nothing but zeros, and the
+    What stays gets its accuracy back; unlabelled samples are enough. Without a bound, only channels leave that hold nothing but zeros, and the
     outputs stay the same. An interrupted run goes on when the same command is given.
     """
     from edgewise.optimizer import prune as job
@@ -718,9 +718,9 @@ def distill(
     force: Force = False,
     json_file: Json = None,
 ) -> None:
-    """Train STUDENT to answer like TEACHER, which takes the same inputs.
+    """Train STUDENT to answer like TEACHER.
 
-    Unlabelled samples are enough; labels are used where there are some.
+    Both take the same inputs. Unlabelled samples are enough; labels are used where there are some.
     """
     from edgewise.optimizer import distill as job
     from edgewise.optimizer.console import progress_bars
@@ -787,7 +787,7 @@ def finetune(
     force: Force = False,
     json_file: Json = None,
 ) -> None:
-    """Train MODEL on the labels of DATA, then make it smaller and faster.
+    """Train MODEL on labels, then make it smaller and faster.
 
     With --int8 alone no labels are needed: the int8 model learns the answers of the float model.
     """

@@ -27,6 +27,8 @@ COMMANDS = (
     "plan",
     "quantize",
     "prune",
+    "distill",
+    "finetune",
     "bench",
     "profile",
     "compare",

@@ -74,7 +74,7 @@ def test_a_student_of_another_shape_learns_digits_without_labels(folder: Path, t
     options = TrainOptions(epochs=20, batch=16, learning_rate=1e-2)
     report = taught(folder, tmp_path / "out.onnx", options=options)
     assert report.score is not None
-    assert (report.score.metric, report.score.samples) == ("agreement", 60)
+    assert (report.score.metric, report.score.samples) == ("agreement", 40)
     assert report.score.after > report.score.before + 0.25
     assert top1(tmp_path / "out.onnx") > top1(folder / "small.onnx") + 0.15
     assert report.history is not None
