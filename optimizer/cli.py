@@ -631,8 +631,9 @@ def prune(
 ) -> None:
     """Keep as little of MODEL as a bound allows, and recover it.
 
-    What stays gets its accuracy back; unlabelled samples are enough. Without a bound, only channels leave that hold nothing but zeros, and the
-    outputs stay the same. An interrupted run goes on when the same command is given.
+    What stays gets its accuracy back; unlabelled samples are enough. Without a bound, only channels leave
+    that hold nothing but zeros, and the outputs stay the same. An interrupted run goes on when the same
+    command is given.
     """
     from edgewise.optimizer import prune as job
     from edgewise.optimizer.console import progress_bars
