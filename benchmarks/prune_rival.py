@@ -67,7 +67,7 @@ def made(net: str) -> tuple[nn.Module, tuple[str, ...]]:
     import cifar_resnet
 
     if net.endswith(".onnx"):
-        return cifar_resnet.load(Path(net)), ("x=1x3x32x32",)
+        return cifar_resnet.load(Path(net)), ("input=1x3x32x32",)
     return architectures.zeroed(net, "none", architectures.Plan())
 
 
