@@ -608,6 +608,9 @@ def prune(
         bool,
         typer.Option("--best-effort", help="Miss a bound that cannot be reached by as little as possible."),
     ] = False,
+    candidates: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Write every amount that was tried there as well.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="Try N amounts at once, in processes of their own.")
     ] = None,
@@ -649,6 +652,7 @@ def prune(
         "effort": effort,
         "schedule": schedule,
         "best_effort": best_effort or None,
+        "candidates": candidates,
         "workers": workers,
         "ray": ray,
         "memory": None if memory is None else _bytes(memory, "--memory"),

@@ -292,7 +292,16 @@ def find_pruned(
         tried = search.tried([1 - options.ratio])
     else:
         tried = search.for_cost(*_limit(search, feed))
+    if options.candidates is not None:
+        _write_all(search, tried, Path(options.candidates))
     return _best(search, tried, prepared)
+
+
+def _write_all(search: Search, tried: Sequence[tuple[Trial, Amount]], folder: Path) -> None:
+    """Every amount as a file that is named by the share of the multiply-accumulates it has left."""
+    files.make_folder(folder)
+    for trial, amount in tried:
+        files.save(search.exact(trial.model), folder / f"macs-{amount.macs:.4f}.onnx", force=True)
 
 
 def _folder(task: Task, root: Path) -> Path:

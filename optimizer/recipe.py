@@ -113,7 +113,7 @@ class Prune(_Frozen):
     and biases, or is refitted in closed form, or that and distilled from the original, for `effort` times as
     long. In `schedule` steps each cuts a little and recovers. With `best_effort` a bound that cannot be
     reached is missed by as little as possible. So many `workers` try amounts at once, or actors of the Ray
-    cluster at `ray`.
+    cluster at `ray`. Every amount that was tried is written into the folder `candidates`, where one is named.
     """
 
     score: Importance = "fisher"
@@ -127,6 +127,7 @@ class Prune(_Frozen):
     schedule: int = Field(default=1, ge=1)
     trials: int = Field(default=6, ge=1, description="amounts that are tried for a bound on the metric")
     best_effort: bool = False
+    candidates: str | None = None
     workers: int | None = Field(default=None, ge=1)
     ray: str | None = None
     memory: int = Field(default=1 << 30, ge=1 << 20, description="bytes of samples and values held at once")

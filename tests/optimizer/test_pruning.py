@@ -157,6 +157,14 @@ def test_what_cannot_be_done_is_told_and_nothing_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_every_amount_is_written_where_that_is_wanted(digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    options = {"max_drop": 0.02, "trials": 2, "recover": "closed-form", "candidates": str(folder)}
+    report = pruned(digits, tmp_path / "out.onnx", **options)
+    assert {path.name for path in folder.iterdir()} == {f"macs-{a.macs:.4f}.onnx" for a in report.amounts}
+    assert all(files.load(path).graph.outputs for path in folder.iterdir())
+
+
 def test_the_best_effort_is_written_with_a_word(digits: Path, tmp_path: Path) -> None:
     options = {"min_metric": 1.5, "recover": "none", "trials": 1, "best_effort": True}
     report = pruned(digits, tmp_path / "out.onnx", **options)
