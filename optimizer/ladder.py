@@ -32,7 +32,7 @@ from edgewise.passes.equalize_channels import EqualizeChannels
 from edgewise.passes.insert_qdq import InsertQdq
 from edgewise.passes.quant_plan import QuantPlan
 from edgewise.passes.smooth_inputs import SmoothInputs
-from edgewise.training.options import DivergedError
+from edgewise.training.options import DivergedError, require_torch
 
 Floats = Mapping[str, str]
 Notes = tuple[str, ...]
@@ -232,6 +232,7 @@ def _edits(ground: Ground, best: Attempt, rung: str, moments: Moments) -> Edits:
 
 def _trained(ground: Ground, best: Attempt) -> Attempt:
     """With weights that were trained for their integers, the float model being the teacher."""
+    require_torch("the rung train of the ladder")
     from edgewise.training.quantization_aware import heal  # brings torch, which takes a second
 
     try:

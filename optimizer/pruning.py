@@ -43,7 +43,8 @@ from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.errors import EdgewiseError
 from edgewise.runtime.evaluate import Feed
 from edgewise.runtime.latency import measure
-from edgewise.training.options import History
+from edgewise.training.importance import BY_GRADIENTS
+from edgewise.training.options import History, require_torch
 
 PREPARATION = (
     "freeze-inputs",
@@ -270,6 +271,10 @@ def find_pruned(
     cannot tell a good model from a broken one.
     """
     options = recipe.prune or Prune()
+    if options.recover == "distill":
+        require_torch("distillation", "--recover closed-form")
+    if options.score in BY_GRADIENTS:
+        require_torch(f"the score {options.score}", "--score magnitude-l2")
     if judge.is_blind:
         raise EdgewiseError(
             f"{judge.metric.name} is the same when every sample gets the outputs of the first, so it cannot "

@@ -35,7 +35,7 @@ from edgewise.optimizer.version import VERSION
 from edgewise.passes import parse
 from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Evaluator
-from edgewise.training.options import Epoch, History, Penalty, TrainOptions
+from edgewise.training.options import Epoch, History, Penalty, TrainOptions, require_torch
 
 ModelPath = str | os.PathLike[str]
 _TRAINED = "trained"
@@ -67,6 +67,7 @@ def distill(
     of the recipe run behind; its `prune` and `quantize` are not used. Raises `InputError` on models that do
     not fit together, `EdgewiseError` where training fails.
     """
+    require_torch("distillation")
     from edgewise.training.distillation import distill as learn  # brings torch, which takes a second
 
     recipe, options, output = recipe or Recipe(), options or TrainOptions(), Path(output)
@@ -121,6 +122,7 @@ def finetune(
     labels. The int8 model, and a recipe's pruning, are held to the trained model. Raises `InputError` where
     labels or a head are missing, `EdgewiseError` where training fails.
     """
+    require_torch("training")
     recipe, options = recipe or Recipe(), options or TrainOptions()
     check_targets(Path(output), recipe, Path(model), force=force)
     recipe = recipe.model_copy(update={"quantize": _healing(recipe) if int8 else None})

@@ -87,6 +87,9 @@ def _reconstruction(job: Job) -> ByGroup:
     return {group: found[group.name] for group in job.graph.groups}
 
 
+BY_GRADIENTS = frozenset({"gradient", "taylor", "fisher"})
+"""The scores that need torch."""
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "random": lambda job: random_scores(job.graph, job.seed),

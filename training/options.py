@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -229,3 +230,9 @@ def ending_in(change: Callable[[Trained], Trained]) -> Iterator[None]:
         raise Interrupted(change(stop.trained)) from None
     except DivergedError as error:
         raise DivergedError(str(error), change(error.trained)) from None
+
+
+def require_torch(what: str, instead: str = "") -> None:
+    """Raise `InputError` where torch is not installed, before any work that ends in `what` is begun."""
+    if find_spec("torch") is None:
+        raise InputError(f"{what} needs torch: pip install 'edgewise[torch]'{instead and f', or {instead}'}")

@@ -172,6 +172,23 @@ def test_the_best_effort_is_written_with_a_word(digits: Path, tmp_path: Path) ->
     assert (tmp_path / "out.onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"score": "magnitude-l2"}, "distillation needs torch: .*, or --recover closed-form"),
+        ({"recover": "none"}, "the score fisher needs torch: .*, or --score magnitude-l2"),
+    ],
+)
+def test_without_torch_a_word_tells_what_does_without(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], words: str
+) -> None:
+    from edgewise.training import options as training
+
+    monkeypatch.setattr(training, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=words):
+        pruned(digits, tmp_path / "out.onnx", max_macs=0.5, **options)
+
+
 def test_samples_are_needed(digits: Path, tmp_path: Path) -> None:
     recipe = Recipe(prune=Prune(max_macs=0.5), benchmark=None)
     with pytest.raises(InputError, match="pass them with --data"):
