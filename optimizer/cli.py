@@ -593,6 +593,13 @@ def prune(
             help="What a channel is worth: fisher (default), taylor, gradient, reconstruction, ...",
         ),
     ] = None,
+    cost: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COST",
+            help="What a channel saves: latency, macs or size; by default what the bound is about.",
+        ),
+    ] = None,
     recover: Annotated[
         str | None, typer.Option(metavar="HOW", help="distill (default), closed-form, reestimate or none.")
     ] = None,
@@ -648,6 +655,7 @@ def prune(
         "max_size": max_size,
         "ratio": None if ratio is None else _share(ratio, "--ratio"),
         "score": score,
+        "cost": cost,
         "recover": recover,
         "effort": effort,
         "schedule": schedule,

@@ -26,7 +26,7 @@ from edgewise.training.options import DivergedError, Epoch, History, TrainOption
 from edgewise.training.refit import recover_closed_form, reestimate
 from edgewise.training.selection import select, uniform
 
-_MULTIPLE = 8  # of widths: with 4 the same work took a tenth longer in float on AVX2
+_MULTIPLE = 4  # of widths; which of those the kernels like best a table of times tells
 _FITTED = {"reestimate": "statistics and biases"}
 _SCORING = 512  # samples that score channels and refit layers: more tell little new
 _BATCH = 64
@@ -89,7 +89,7 @@ def scored(model: ir.Model, task_samples: Samples, options: Prune, seed: int, th
 
 
 def planned(task: Task, model: ir.Model, scores: Scores, budget: float) -> PrunePlan:
-    """The channels that leave, for a share of the cost or, with a ratio, of the channels."""
+    """What leaves, for a share of the cost or, with a ratio, of the channels."""
     if task.options.ratio is not None:
         return uniform(model, scores, 1 - budget)
     return select(model, scores, task.pricing(model), budget, multiple=_MULTIPLE)

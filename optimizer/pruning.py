@@ -14,12 +14,9 @@ import onnx_ir as ir
 
 from edgewise.calibration.data import Samples
 from edgewise.calibration.partial import Origin
-from edgewise.calibration.plan import plan
-from edgewise.calibration.target import target_of
 from edgewise.optimizer import files
-from edgewise.optimizer.int8 import Split, prepare
+from edgewise.optimizer.int8 import Split
 from edgewise.optimizer.judge import Judge
-from edgewise.optimizer.ladder import calibrate_for_int8
 from edgewise.optimizer.parallel import pack, unpack, workers_for
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, run_passes
 from edgewise.optimizer.pricing import (
@@ -33,11 +30,11 @@ from edgewise.optimizer.pricing import (
     shapes_of,
 )
 from edgewise.optimizer.prune_trial import Task, Trial, planned, scored, try_out, work
+from edgewise.optimizer.quick_int8 import QuickInt8
 from edgewise.optimizer.recipe import Prune, Recipe
 from edgewise.optimizer.report import Amount
 from edgewise.optimizer.width_probe import Bench, measure_widths
 from edgewise.passes import parse
-from edgewise.passes.insert_qdq import InsertQdq
 from edgewise.passes.remove_channels import PrunePlan, RemoveChannels
 from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.errors import EdgewiseError
@@ -73,7 +70,6 @@ _CLOSE = 1.08  # amounts that are nearer to each other are not worth a trial bet
 _NEAR = 0.97  # of a limit: near enough
 _STEPS = 6  # towards a limit that has to be measured
 _EASIER = 1.25
-_FOR_INT8 = 32  # samples that calibrate where it is only asked whether int8 would do
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,16 +215,15 @@ class Search:
 
     def _int8_score(self, model: ir.Model) -> float | None:
         """The score in int8 by the target's rules, which is quickly found; None where none is wanted."""
-        options, target = self.recipe.quantize, target_of(self.recipe.target)
-        if options is None:
-            return None
-        ready, _ = prepare(self.exact(model), options, Reference(model, self.reference.feeds))
-        samples = self.task.parts.calibrate
-        few = samples.take(range(min(len(samples), _FOR_INT8)))
-        table = calibrate_for_int8(ready, few, options, target, threads=self.task.threads)
-        by = dataclasses.replace(options.options, method=options.methods[0])
-        chosen = plan(ready, table, by, target)
-        return self.judge.score(InsertQdq(chosen).on(ready)) if chosen.quantized else None
+        quick = _quick_int8(self.recipe, self.task.parts, self.reference)
+        made = None if quick is None else quick.of(model)
+        return None if made is None else self.judge.score(made)
+
+
+def _quick_int8(recipe: Recipe, parts: Split, reference: Reference) -> QuickInt8 | None:
+    """What makes int8 forms where the recipe wants int8."""
+    options = recipe.quantize
+    return None if options is None else QuickInt8(options, recipe, parts.calibrate, reference.feeds)
 
 
 def _distinct(plans: Mapping[float, PrunePlan], known: Sequence[PrunePlan]) -> list[float]:
@@ -286,7 +281,7 @@ def find_pruned(
     feed = next(iter(parts.calibrate))
     macs = ByMacs(shapes_of(feed))
     progress("what every channel costs", 0, 1)
-    pricing = _pricing(recipe, feed, macs, ready)
+    pricing = _pricing(recipe, feed, ready, _quick_int8(recipe, parts, reference))
     task = Task(ready, parts, scores, pricing, macs, options, recipe.seed, recipe.threads)
     if folder is not None:
         task = dataclasses.replace(task, folder=_folder(task, folder))
@@ -318,15 +313,28 @@ def _folder(task: Task, root: Path) -> Path:
     return folder
 
 
-def _pricing(recipe: Recipe, feed: Feed, macs: ByMacs, model: ir.Model) -> Pricing:
+def _pricing(recipe: Recipe, feed: Feed, model: ir.Model, int8: QuickInt8 | None) -> Pricing:
     """What a budget is a share of: what counts to whom the model is for."""
     options = recipe.prune or Prune()
-    if recipe.objective == "size" or options.max_size is not None:
-        return ByBytes(1.0 if recipe.quantize is not None else None)
-    if recipe.benchmark is None or options.max_macs is not None or options.ratio is not None:
-        return macs
+    if _counted(recipe) == "size":
+        return ByBytes(None if int8 is None else 1.0)
+    if _counted(recipe) == "macs":
+        return ByMacs(shapes_of(feed))
     bench = Bench(provider=recipe.target, threads=recipe.threads)
+    if int8 is not None:
+        bench = dataclasses.replace(bench, int8=True, form=int8)
     return Priced(measure_widths(model, feed, bench)) if options.schedule == 1 else ByTime(feed, bench)
+
+
+def _counted(recipe: Recipe) -> str:
+    """What is to be saved, where nobody says by the bound."""
+    options = recipe.prune or Prune()
+    if options.cost is not None:
+        return options.cost
+    if recipe.objective == "size" or options.max_size is not None:
+        return "size"
+    by_macs = recipe.benchmark is None or options.max_macs is not None or options.ratio is not None
+    return "macs" if by_macs else "latency"
 
 
 def _limit(search: Search, feed: Feed) -> tuple[Cost, float]:

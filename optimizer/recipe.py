@@ -109,7 +109,8 @@ class Prune(_Frozen):
     One bound counts: without any other as little as possible is kept such that the metric falls by no more
     than the recipe's `max_drop`; or no lower than `min_metric`. The others say how much is kept whatever the
     metric: `max_latency` ms, a share `max_macs` of the multiply-accumulates, `max_size` MB of file, or all
-    layers lose the `ratio` of their channels. Channels leave by their `score`. What stays gets new statistics
+    layers lose the `ratio` of their channels. Channels leave by their `score` and by what they save of the
+    `cost`, which is by default what the bound or else the objective is about. What stays gets new statistics
     and biases, or is refitted in closed form, or that and distilled from the original, for `effort` times as
     long. In `schedule` steps each cuts a little and recovers. With `best_effort` a bound that cannot be
     reached is missed by as little as possible. So many `workers` try amounts at once, or actors of the Ray
@@ -117,6 +118,7 @@ class Prune(_Frozen):
     """
 
     score: Importance = "fisher"
+    cost: Literal["latency", "macs", "size"] | None = None
     min_metric: float | None = None
     max_latency: float | None = Field(default=None, gt=0)
     max_macs: float | None = Field(default=None, gt=0, le=1)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from edgewise.passes.branches import Branch, branches_of
 from edgewise.passes.channel_links import Indices, Slot
 from edgewise.passes.channels import ChannelGraph, ChannelGroup
 
@@ -63,6 +64,23 @@ def _reads_of(node: ir.Node, graph: ChannelGraph) -> Iterator[Read]:
             group = graph.home.get(slot)
             if group is not None and slot not in handed_on and not group.blocked.all():
                 yield Read(node, position, slot.axis, group, group.members[slot])
+
+
+def branch_reads(graph: ir.Graph) -> tuple[Read, ...]:
+    """One for each branch, in order: all of it is one channel, of a group that knows nothing but the sum."""
+    return tuple(read for branch in branches_of(graph) for read in _reads_of_branch(branch))
+
+
+def _reads_of_branch(branch: Branch) -> Iterator[Read]:
+    value = branch.total.outputs[0]
+    sizes = () if value.shape is None else tuple(value.shape)
+    for axis in reversed(range(1, len(sizes))):
+        size = sizes[axis]
+        if isinstance(size, int):
+            labels = np.zeros(size, np.int64)
+            group = ChannelGroup(1, {Slot(value, axis): labels}, ())
+            yield Read(branch.total, branch.position, axis, group, labels)
+            return
 
 
 def nothing(graph: ChannelGraph) -> ByGroup:

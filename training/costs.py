@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
@@ -115,10 +115,11 @@ def _tensor(
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What costs something: `cost` of the widths of `slots`, in their order."""
+    """What costs something: `cost` of the widths of `slots`, in their order, and nothing without `nodes`."""
 
     slots: tuple[Slot, ...]
     cost: Callable[[tuple[int, ...]], float]
+    nodes: frozenset[ir.Node] = frozenset()
 
 
 class Cost(Protocol):
@@ -154,7 +155,7 @@ def part_of(layer: Layer, cost: Callable[[Widths], float]) -> Part:
             known[widths] = cost(dict(zip(slots, widths, strict=True)))
         return known[widths]
 
-    return Part(slots, recalled)
+    return Part(slots, recalled, frozenset([layer.node]))
 
 
 def full_width(slot: Slot) -> int:
@@ -212,10 +213,10 @@ def _constants(graph: ChannelGraph, item: Callable[[Tensor], float]) -> Iterator
     for tensor in (tensor for layer in layers_of(graph, {}) for tensor in layer.inputs):
         if tensor is not None:  # without shapes only constants have one
             readers[tensor.value].append(tensor)
-    for tensors in readers.values():
+    for value, tensors in readers.items():
         each = item(tensors[0])
         if each:
-            yield _constant(graph, tensors, each)
+            yield replace(_constant(graph, tensors, each), nodes=frozenset(node for node, _ in value.uses()))
 
 
 def _constant(graph: ChannelGraph, readers: Sequence[Tensor], each: float) -> Part:

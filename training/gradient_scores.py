@@ -35,7 +35,14 @@ from edgewise.passes.graph import new_node
 from edgewise.passes.infer_shapes import shapes_on
 from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import Feed
-from edgewise.training.channel_reads import ByGroup, Floats, Read, channel_reads, nothing
+from edgewise.training.channel_reads import (
+    ByGroup,
+    Floats,
+    Read,
+    branch_reads,
+    channel_reads,
+    nothing,
+)
 from edgewise.training.graph_module import GraphModule, as_tensors, lay_out
 from edgewise.training.objectives import Head, cross_entropy, has_classes, heads, projection
 from edgewise.training.torch_threads import torch_threads
@@ -75,7 +82,7 @@ def gradient_scores(
     memory: int,
     progress: Progress | None,
 ) -> ByGroup:
-    """A statistic of the products a * g of a channel, a mean over samples.
+    """A statistic of the products a * g of a channel, a mean over samples; and of all of a branch.
 
     Of `gradient` it is the sum of their squares: every single activation has a gate of its own, and what
     counts is the sum of the squared gradients by all of them. Of `taylor` it is the absolute sum, the first
@@ -97,7 +104,7 @@ def gradient_scores(
         for feed, labels, count in _batches(samples, _at_once(model, probe, samples[0], memory)):
             products = probe.products(feed, labels if supervised else None, generator, by_row=count > 1)
             for group, (sums, squares) in products.items():
-                totals[group] += chosen.of_row(sums, squares).sum(0)
+                totals[group] = totals.get(group, 0.0) + chosen.of_row(sums, squares).sum(0)
             done += count
             if progress is not None:
                 progress(done)
@@ -120,7 +127,7 @@ class _Probe:
         copies = dict(zip(model.graph, part.graph, strict=True))
         reads: dict[str, tuple[Read, ...]] = {}
         names: dict[tuple[ir.Node, int], str] = {}
-        for read in channel_reads(graph):
+        for read in (*channel_reads(graph), *branch_reads(graph.graph)):
             edge = read.node, read.position
             if edge not in names:
                 node = copies[read.node]

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from edgewise.calibration.collect import MEMORY, Progress
 from edgewise.calibration.data import Samples
-from edgewise.passes.channels import ChannelGraph
+from edgewise.passes.channels import ChannelGraph, ChannelGroup
 from edgewise.passes.graph import opset
 from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.training.activation_scores import activation_scores
@@ -22,7 +22,8 @@ from edgewise.training.reconstruction import reconstruction_scores
 from edgewise.training.weight_scores import magnitude_scores, random_scores, scale_scores
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
-"""A number a channel, [group.size], by the name of its `ChannelGroup`. The higher, the more it is needed."""
+"""A number a channel, [group.size], by the name of its `ChannelGroup`. The higher, the more it is needed.
+Gradients also tell how much a `Branch` is needed, [1], by its name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,15 @@ def score(
     scores = METHODS[method](Job(model, graph, samples, seed, threads, memory, progress))
     if any(np.isnan(score).any() for score in scores.values()):
         raise EdgewiseError(f"{method} gives NaN: weights or values of the model are not finite")
-    return MappingProxyType({g.name: np.where(g.blocked, np.inf, scores[g]) for g in graph.groups})
+    channels = {g.name: np.where(g.blocked, np.inf, scores[g]) for g in graph.groups}
+    branches = {_sum_of(g): numbers for g, numbers in scores.items() if g not in graph.groups}
+    return MappingProxyType({**channels, **branches})
+
+
+def _sum_of(group: ChannelGroup) -> str:
+    """The name of the branch that a group stands for."""
+    (slot,) = group.members
+    return slot.value.name or ""
 
 
 def _check_prunable(graph: ChannelGraph) -> None:

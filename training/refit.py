@@ -41,7 +41,7 @@ def recover_closed_form(
     memory: int = 1 << 30,
     progress: Progress | None = None,
 ) -> ir.Model:
-    """`original` without the channels of `plan`, its layers re-fitted to the original's outputs.
+    """`original` without what leaves by `plan`, its layers re-fitted to the original's outputs.
 
     Front to back: each layer behind a cut sees what the layers before it, fitted already, really give, and
     aims at what the original's layer gave. A layer that writes into a sum also makes up for what the
@@ -67,7 +67,7 @@ def reestimate(
     memory: int = 1 << 30,
     progress: Progress | None = None,
 ) -> ir.Model:
-    """`original` without the channels of `plan`, with new biases and means, and a new scale of each output.
+    """`original` without what leaves by `plan`, with new biases and means, and a new scale of each output.
 
     As `recover_closed_form`, but of each layer's weights only the scale of each output is fitted, as if the
     statistics of batch norms were estimated again, to what the original gave. That takes few samples and
@@ -90,7 +90,7 @@ def _recovered(
         raise InputError("no samples to recover with")
     cut = RemoveChannels(plan).on(original)
     kept = survivors(original, plan)
-    jobs = _jobs(original, cut, kept)
+    jobs = _jobs(original, cut, {*(name for name, _ in kept), *plan.branches})
     size = max(1, min(_BATCH, len(samples) // (2 * _HELD_BACK)))
     feeds = _Batches(samples, size)
     before = Frontier(original, feeds, memory=values, threads=threads)
@@ -264,9 +264,9 @@ def _norm_behind(layer: Linear) -> ir.Node | None:
     return node if constant_of(node.inputs[3]) is not None else None
 
 
-def _jobs(original: ir.Model, cut: ir.Model, kept: Kept) -> list[_Job]:
-    """The layers that read something else than they did, from front to back."""
-    changed = _changed(cut.graph, {name for name, _ in kept})
+def _jobs(original: ir.Model, cut: ir.Model, names: set[str]) -> list[_Job]:
+    """The layers that read something else than they did, as values of these names are, from front to back."""
+    changed = _changed(cut.graph, names)
     before = layers_of(original.graph)
     return [
         _Job(before[name][1], tail)

@@ -2,7 +2,8 @@
 
 Channels of a group that lie in the same slots cost the same, so of such a *segment* it is the ones of least
 score that leave. What a channel saves depends on how wide the neighbours of its layers still are, so the
-segments are narrowed step by step, each time where least score is lost for what is saved.
+segments are narrowed step by step, each time where least score is lost for what is saved. A residual branch
+that has a score may leave as a whole.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from edgewise.passes.branches import Branch, branches_of
 from edgewise.passes.channel_links import Indices, Slot
 from edgewise.passes.channels import ChannelGraph, ChannelGroup, Cuts, Mask
 from edgewise.passes.graph import opset
@@ -26,10 +28,12 @@ from edgewise.training.costs import Cost, Part, full_width
 
 Floats = npt.NDArray[np.float64]
 Scores = Mapping[str, Floats]
-"""What is lost with each channel, by the name of its group, [group.size]; infinite where it must stay."""
+"""What is lost with each channel, by the name of its group, [group.size]; infinite where it must stay. And by
+the name of a `Branch` what is lost with it, [1]."""
 
 MULTIPLE = 4
 FLOOR = 1 / 8
+_ABRUPT = 1.5  # what leaves with a branch the rest makes up for less than for single channels
 _AHEAD = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # steps: latency has plateaus that no single step leaves
 _ROUNDS = 16
 
@@ -46,21 +50,26 @@ def select(
     """The channels of least summed score without which the model costs at most `budget` of what it does.
 
     Widths of layers become multiples of `multiple`, and of every segment of channels the share `floor` stays.
-    Groups without scores stay as they are. Raises `EdgewiseError` where the budget cannot be reached, with
-    the least that can.
+    Groups and branches without scores stay as they are. Raises `EdgewiseError` where the budget cannot be
+    reached, with the least that can.
     """
     graph = ChannelGraph.of(model.graph, opset(model))
     worth = _worth(graph, scores)
     segments, bill = _segments(graph, worth, multiple, floor), Bill.of(graph, cost)
+    exits = [
+        _Exit.of(branch, segments, float(scores[branch.name][0]))
+        for branch in branches_of(model.graph)
+        if branch.name in scores
+    ]
     aim = budget
     for _ in range(_ROUNDS):
-        search = _Search(segments, bill)
+        search = _Search(segments, bill, exits)
         reached = search.narrow(aim * bill.whole)
         search.widen(aim * bill.whole)
-        cuts = graph.settle(_cuts(graph, segments, search.removed), multiple, worth)
-        share = bill.at(graph, cuts) / bill.whole
+        cuts = graph.settle(_cuts(graph, segments, search.cut), multiple, worth)
+        share = bill.at(graph, cuts, search.branches) / bill.whole
         if share <= budget:
-            return PrunePlan.of(cuts)
+            return PrunePlan.of(cuts, [branch.name for branch in search.branches])
         if not reached:
             raise EdgewiseError(
                 f"{budget:.1%} of the {cost.unit} cannot be reached: at least {share:.1%} stay, with widths "
@@ -85,7 +94,7 @@ def achieved(model: ir.Model, plan: PrunePlan, cost: Cost) -> float:
     """The share of a cost that is left when the channels of `plan` have left."""
     graph = ChannelGraph.of(model.graph, opset(model))
     bill = Bill.of(graph, cost)
-    return bill.at(graph, plan.cuts(graph)) / bill.whole
+    return bill.at(graph, plan.cuts(graph), plan.bypassed(model.graph)) / bill.whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +113,18 @@ class Bill:
             raise EdgewiseError(f"the model has no {cost.unit} to save")
         return cls(parts, whole)
 
-    def at(self, graph: ChannelGraph, cuts: Cuts) -> float:
-        """What it costs when `cuts` have left."""
-        slots = dict.fromkeys(slot for part in self.parts for slot in part.slots)
+    def at(self, graph: ChannelGraph, cuts: Cuts, branches: Sequence[Branch] = ()) -> float:
+        """What it costs when `cuts` and `branches` have left."""
+        gone = frozenset[ir.Node]().union(*(branch.nodes for branch in branches))
+        left = [part for part in self.parts if not _is_in(part, gone)]
+        slots = dict.fromkeys(slot for part in left for slot in part.slots)
         width = {slot: int((~graph.leaving(slot, cuts)).sum()) for slot in slots}
-        return sum(part.cost(tuple(width[slot] for slot in part.slots)) for part in self.parts)
+        return sum(part.cost(tuple(width[slot] for slot in part.slots)) for part in left)
+
+
+def _is_in(part: Part, nodes: frozenset[ir.Node]) -> bool:
+    """Whether a part costs nothing once the nodes have left."""
+    return bool(part.nodes) and part.nodes <= nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +141,30 @@ class _Segment:
     loss: Floats
     stops: tuple[int, ...]
     takes: Mapping[Slot, int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Exit:
+    """A branch that may leave, in the form of a segment that has one unit.
+
+    `within` are the segments of which all channels lie in the branch.
+    """
+
+    branch: Branch
+    loss: Floats
+    within: tuple[int, ...]
+    stops: tuple[int, ...] = (0, 1)
+
+    @classmethod
+    def of(cls, branch: Branch, segments: Sequence[_Segment], loss: float) -> _Exit:
+        within = [i for i, s in enumerate(segments) if _ends_in(s.group, branch.nodes - {branch.total})]
+        return cls(branch, np.array([0.0, _ABRUPT * loss]), tuple(within))
+
+
+def _ends_in(group: ChannelGroup, nodes: frozenset[ir.Node]) -> bool:
+    """Whether none but these nodes make and read the channels of a group."""
+    made = {slot.value for slot in group.members if slot.use is None}
+    return all(value.producer() in nodes and nodes.issuperset(n for n, _ in value.uses()) for value in made)
 
 
 def _worth(graph: ChannelGraph, scores: Scores) -> dict[ChannelGroup, Floats]:
@@ -228,37 +268,60 @@ class _Reach:
 
     part: Part
     widths: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+    exits: tuple[int, ...]
+    """The branches it lies in, as segments."""
+
+    @property
+    def segments(self) -> list[int]:
+        """Which segments the cost depends on."""
+        return sorted({i for _, takes in self.widths for i, _ in takes} | set(self.exits))
 
     def cost(self, removed: Sequence[int]) -> float:
+        if any(removed[i] for i in self.exits):
+            return 0.0
         return self.part.cost(
             tuple([full - sum([n * removed[i] for i, n in takes]) for full, takes in self.widths])
         )
 
 
 class _Search:
-    """How many units of each segment have left, and what the parts cost now."""
+    """How many units of each segment have left, of exits behind them too, and what the parts cost now."""
 
-    def __init__(self, segments: Sequence[_Segment], bill: Bill) -> None:
-        self._segments = segments
-        self.removed = [0] * len(segments)
+    def __init__(self, segments: Sequence[_Segment], bill: Bill, exits: Sequence[_Exit]) -> None:
+        self._segments: tuple[_Segment | _Exit, ...] = (*segments, *exits)
+        self._exits = tuple(enumerate(exits, start=len(segments)))
+        self.removed = [0] * len(self._segments)
         takers: dict[Slot, list[tuple[int, int]]] = defaultdict(list)
         for i, segment in enumerate(segments):
             for slot, count in segment.takes.items():
                 takers[slot].append((i, count))
         self._parts = [
-            _Reach(part, tuple((full_width(slot), tuple(takers[slot])) for slot in part.slots))
+            _Reach(
+                part,
+                tuple((full_width(slot), tuple(takers[slot])) for slot in part.slots),
+                tuple(i for i, exit in self._exits if _is_in(part, exit.branch.nodes)),
+            )
             for part in bill.parts
         ]
         self._now = [part.cost(self.removed) for part in self._parts]
         self.total = sum(self._now)
-        self._of: list[list[int]] = [[] for _ in segments]
+        self._of: list[list[int]] = [[] for _ in self._segments]
         for p, part in enumerate(self._parts):
-            for i in sorted({i for _, takes in part.widths for i, _ in takes}):
+            for i in part.segments:
                 self._of[i].append(p)
-        self._neighbours = [
-            sorted({j for p in own for _, takes in self._parts[p].widths for j, _ in takes})
-            for own in self._of
-        ]
+        self._neighbours = [sorted({j for p in own for j in self._parts[p].segments}) for own in self._of]
+
+    @property
+    def branches(self) -> list[Branch]:
+        """Those that leave."""
+        return [exit.branch for i, exit in self._exits if self.removed[i]]
+
+    @property
+    def cut(self) -> list[int]:
+        """How many units of each segment leave without a branch."""
+        gone = {j for i, exit in self._exits if self.removed[i] for j in exit.within}
+        count = len(self._segments) - len(self._exits)
+        return [0 if i in gone else self.removed[i] for i in range(count)]
 
     def narrow(self, budget: float) -> bool:
         """Remove the units of least score for what they save until the cost is within; whether it is.
@@ -278,6 +341,8 @@ class _Search:
                 self._move(i, stop)
                 for j in self._neighbours[i]:
                     stale[j] = True
+                    if isinstance(self._segments[j], _Exit):  # it may have become cheaper
+                        heapq.heappush(queue, (*self._best(j), j))
                 stale[i] = False
                 heapq.heappush(queue, (*self._best(i), i))
             else:
@@ -301,7 +366,7 @@ class _Search:
         for i, segment in enumerate(self._segments):
             at = segment.stops.index(self.removed[i])
             for stop in (segment.stops[at - ahead] for ahead in _AHEAD if ahead <= at):
-                yield float(segment.loss[stop] - segment.loss[self.removed[i]]), i, stop
+                yield self._lost(i, stop), i, stop
 
     def _best(self, i: int) -> tuple[float, float, int]:
         """The least price, score for cost, of a move of segment i, with the change of cost and its stop."""
@@ -312,9 +377,21 @@ class _Search:
             stop = segment.stops[at + ahead]
             change = self._change(i, stop)
             if change < 0:
-                lost = float(segment.loss[stop] - segment.loss[self.removed[i]])
-                best = min(best, (max(lost, 0.0) / -change, change, stop))
+                best = min(best, (max(self._lost(i, stop), 0.0) / -change, change, stop))
         return best
+
+    def _lost(self, i: int, stop: int) -> float:
+        """The score that is lost by a move of segment i; what a branch has lost before does not count."""
+        segment = self._segments[i]
+        lost = float(segment.loss[stop] - segment.loss[self.removed[i]])
+        if isinstance(segment, _Exit):
+            lost *= 1 - max(map(self._share_gone, segment.within), default=0.0)
+        return lost
+
+    def _share_gone(self, i: int) -> float:
+        """How much of the worth of segment i has left."""
+        loss = self._segments[i].loss
+        return float(loss[self.removed[i]] / loss[-1]) if loss[-1] > 0 else 0.0
 
     def _change(self, i: int, stop: int) -> float:
         """What the total changes by if `stop` units of segment i have left."""

@@ -103,3 +103,42 @@ def test_what_can_leave_leaves_a_sound_model(net: ir.Model, seed: int) -> None:
     feed = seeded_feed(input_specs(model))
     before, after = Evaluator(model).run(feed), Evaluator(cut).run(feed)
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+
+
+def residual() -> ir.Model:
+    text = """net (float[N, 3, 6, 6] x) => (float[N, 2, 6, 6] y) {
+        a = Conv(x, w0)
+        c = Conv(a, w1)
+        f = Conv(c, w2)
+        h = Add(a, f)
+        y = Conv(h, w3)
+    }"""
+    shapes = {"w0": (8, 3), "w1": (6, 8), "w2": (8, 6), "w3": (2, 8)}
+    weights = {
+        name: np.random.default_rng(i).standard_normal((*shape, 1, 1)).astype(np.float32)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    model = build(text, 18, **weights)
+    InferShapes().apply(model)
+    return model
+
+
+def test_a_branch_leaves_beside_channels_of_its_stream() -> None:
+    model = residual()
+    plan = PrunePlan({"a[1]": (0, 7)}, ("h",))
+    cut = RemoveChannels(plan).on(model)
+    assert [n.op_type for n in cut.graph] == ["Conv", "Identity", "Conv"]
+    assert set(cut.graph.initializers) == {"w0", "w3"}
+    x = seeded_feed(input_specs(model))["x"]
+    first, last = weight(model, "w0")[1:7, :, 0, 0], weight(model, "w3")[:, 1:7, 0, 0]
+    expected = np.einsum("oc,ci,nihw->nohw", last, first, x)
+    found = Evaluator(cut).run({"x": x})["y"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # float32, other order of sums
+    assert RemoveChannels(plan).label == "remove-channels: 2 of 1 groups, 1 branches"
+    assert "branches: [h]" in RemoveChannels(plan).spec
+    assert len(plan) == 3
+
+
+def test_a_branch_that_is_none_is_refused() -> None:
+    with pytest.raises(PassError, match="removes the branch of c"):
+        RemoveChannels(PrunePlan({}, ("c",))).on(residual())

@@ -39,7 +39,7 @@ RESIDUAL = """g (float[N, 3, 6, 6] x) => (float[N, 5] y) {
     z = Gemm<transB = 1>(q, w3, b3)
     y = Softmax(z)
 }"""
-TRUNK, INNER = "a[1]", "c[1]"
+TRUNK, INNER, BRANCH = "a[1]", "c[1]", "h"
 
 
 def residual(**changed: Array) -> ir.Model:
@@ -215,12 +215,20 @@ def test_gradients_are_those_of_a_gate_on_all_reads(method: str, statistic: Call
     np.testing.assert_allclose(scores[TRUNK], [statistic(s) for s in slopes], rtol=5e-2, atol=1e-4)
 
 
+def test_a_branch_is_worth_what_a_gate_on_all_of_it_changes() -> None:
+    samples, w2 = samples_of(residual(), labels=True), constants(residual())["w2"]
+    more, less = (cross_entropies(residual(w2=w2 * gate), samples) for gate in (1.01, 0.99))
+    slopes = (more - less) / 0.02
+    (found,) = score(residual(), "fisher", samples, threads=1)[BRANCH]
+    assert found == pytest.approx(np.square(slopes).mean() / 2, rel=5e-2)  # steps of a percent meet kinks
+
+
 @pytest.mark.parametrize("method", BY_GRADIENTS)
 def test_samples_joined_count_as_samples_alone(method: str) -> None:
     model = residual()
     samples = samples_of(model, labels=True)
     joined, alone = (score(model, method, samples, threads=1, memory=memory) for memory in (1 << 30, 1))
-    for name in (TRUNK, INNER):
+    for name in (TRUNK, INNER, BRANCH):
         np.testing.assert_allclose(joined[name], alone[name], rtol=1e-4)
 
 
@@ -285,7 +293,8 @@ def test_the_same_seed_gives_the_same_scores(method: str) -> None:
     model = residual()
     samples = samples_of(model)
     first, second = (score(model, method, samples, seed=3, threads=1) for _ in range(2))
-    assert list(first) == list(second) == ["x[1]", TRUNK, INNER, "z[1]"]
+    branches = [BRANCH] if method in BY_GRADIENTS else []
+    assert list(first) == list(second) == ["x[1]", TRUNK, INNER, "z[1]", *branches]
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
 

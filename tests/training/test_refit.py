@@ -133,6 +133,20 @@ def test_only_numbers_change() -> None:
     assert (after["w2"] != before["w2"]).any()
 
 
+def test_what_a_branch_told_is_rebuilt_by_later_layers() -> None:
+    """The branch is linear in the stream, so the layer behind the sum can stand in for it."""
+    model = build(
+        "g (float[N, 4] x) => (float[N, 2] y) { c = Gemm(x, v, s) h = Add(x, c) y = MatMul(h, w) }",
+        v=normal(4, 4, seed=1),
+        s=normal(4, seed=2),
+        w=normal(4, 2, seed=3),
+    )
+    samples, plan = samples_of(model), PrunePlan({}, ("h",))
+    assert error(model, RemoveChannels(plan).on(model), samples) > 0.1
+    rebuilt = recover_closed_form(model, plan, samples, threads=1)
+    assert error(model, rebuilt, samples) < 1e-7  # squared, of moments in float32
+
+
 def test_an_empty_plan_changes_nothing() -> None:
     model = residual()
     fitted = recover_closed_form(model, PrunePlan(), samples_of(model), threads=1)

@@ -57,6 +57,20 @@ net (float[4, 1, 8] x) => (float[4, 1, 5] y) {
 }
 """
 
+RESIDUAL = """
+net (float[1, 3, 6, 6] x) => (float[1, 5, 6, 6] y) {
+    a = Conv(x, w0)
+    b = Conv(a, w1)
+    c = Conv(b, w2)
+    h = Add(a, c)
+    d = Conv(h, w3)
+    e = Conv(d, w4)
+    f = Conv(e, w5)
+    k = Add(h, f)
+    y = Conv(k, w6)
+}
+"""
+
 
 def chain(first: int = 16, second: int = 8) -> ir.Model:
     return build(
@@ -83,6 +97,20 @@ def recurrent() -> ir.Model:
         wb=normal(1, 128),
         one=np.array([1]),
         w2=normal(16, 5),
+    )
+
+
+def residual() -> ir.Model:
+    """Two blocks on a stream, the second with two layers of its own."""
+    return build(
+        RESIDUAL,
+        w0=normal(8, 3, 1, 1),
+        w1=normal(16, 8, 1, 1),
+        w2=normal(8, 16, 1, 1),
+        w3=normal(12, 8, 1, 1),
+        w4=normal(12, 12, 1, 1),
+        w5=normal(8, 12, 1, 1),
+        w6=normal(5, 8, 1, 1),
     )
 
 
@@ -188,6 +216,52 @@ def test_of_every_group_the_least_scores_leave() -> None:
     a, b = left(model, plan, "a"), left(model, plan, "b")
     assert (a, b) == (list(range(16 - len(a), 16)), list(range(len(b))))
     assert len(a) % 4 == len(b) % 4 == 0
+
+
+BRANCHES = {"h": np.array([1.0]), "k": np.array([1.0])}
+
+
+@pytest.mark.parametrize("branches", [("h",), ("k",), ("h", "k")])
+@pytest.mark.parametrize("kind", [Macs, Parameters, FileBytes])
+def test_costs_without_branches_are_as_foretold(branches: tuple[str, ...], kind: type[Cost]) -> None:
+    model = residual()
+    cost = Macs(shapes(model)) if kind is Macs else kind()
+    plan = PrunePlan({"a[1]": (1, 2, 3), "d[1]": (0,) if "k" not in branches else ()}, branches)
+    cut = RemoveChannels(plan).on(model)
+    left = Macs(shapes(cut)) if kind is Macs else cost
+    foretold = achieved(model, plan, cost) * whole(model, cost)
+    if kind is FileBytes:  # of notes on nodes and values nothing is said to leave
+        assert foretold == pytest.approx(whole(cut, left), abs=1000)
+    else:
+        assert foretold == whole(cut, left)
+
+
+def test_a_branch_leaves_that_is_worth_less_than_its_channels() -> None:
+    model = residual()
+    scores: Scores = {**scored(model), **BRANCHES, "k": np.array([1e-3])}
+    plan = select(model, scores, Macs(shapes(model)), 0.6, multiple=1)
+    assert plan.branches == ("k",)
+    assert not {"d[1]", "e[1]"} & set(plan.leaving)  # its own channels leave with it
+    assert achieved(model, plan, Macs(shapes(model))) <= 0.6
+
+
+def test_a_branch_stays_that_has_no_score_or_a_high_one() -> None:
+    model = residual()
+    cost = Macs(shapes(model))
+    assert select(model, scored(model), cost, 0.6, multiple=1).branches == ()
+    dear = {**scored(model), "h": np.array([1e6]), "k": np.array([np.inf])}
+    assert select(model, dear, cost, 0.6, multiple=1).branches == ()
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.4, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("worth", [1e-3, 1.0, 4.0])
+def test_budgets_are_kept_with_branches(budget: float, worth: float) -> None:
+    model = residual()
+    scores: Scores = {**scored(model), "h": np.array([worth]), "k": np.array([2 * worth])}
+    plan = select(model, scores, Macs(shapes(model)), budget, multiple=1)
+    cut = RemoveChannels(plan).on(model)
+    assert whole(cut, Macs(shapes(cut))) <= budget * whole(model, Macs(shapes(model)))
+    check(cut, Signature.of(model))
 
 
 def test_a_group_without_scores_and_channels_of_infinite_score_stay() -> None:
