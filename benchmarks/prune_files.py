@@ -36,8 +36,20 @@ class Made:
     failure: str = ""
 
 
-def ours(net: Net, setting: Setting, name: str, *, int8: bool = False, metric: str = "", **by: Any) -> Made:
-    """What `edgewise prune` makes of a net by these options, from inputs without labels."""
+def ours(
+    net: Net,
+    setting: Setting,
+    name: str,
+    *,
+    int8: bool = False,
+    metric: str = "",
+    whatever_it_costs: bool = False,
+    **by: Any,
+) -> Made:
+    """What `edgewise prune` makes of a net by these options, from inputs without labels.
+
+    In int8 it may cost as much of the metric as by default, or `whatever_it_costs`.
+    """
     out = setting.folder / f"{net.name}.{name}.onnx"
     recipe = Recipe(
         prune=Prune(**by),
@@ -45,6 +57,8 @@ def ours(net: Net, setting: Setting, name: str, *, int8: bool = False, metric: s
         metric=metric or None,
         threads=setting.threads,
     )
+    if whatever_it_costs:
+        recipe = recipe.with_options(objective="size", max_drop=1.0)
     return attempted(out, lambda: prune(net.path, out, data=samples(net, setting), recipe=recipe, force=True))
 
 

@@ -25,6 +25,7 @@ from edgewise.optimizer.torch_export import to_model
 from edgewise.runtime.evaluate import Evaluator
 
 _DECIBELS, _FASTER = 30.0, 2.0
+_EFFORT = 0.15  # about two minutes for each of the six trials of all four together
 _LATENTS, _JUDGES = 4096, 256
 _STATIC = "quantize_static"
 
@@ -45,7 +46,7 @@ def generator(name: str, folder: Path) -> Net:
 def generator_rows(name: str, setting: Setting) -> list[Row]:
     """A line for edgewise in float, one for float or int8 as it sees fit, and one for the rival."""
     net = generator(name, setting.folder)
-    by = {"metric": "psnr", "min_metric": _DECIBELS}
+    by = {"metric": "psnr", "min_metric": _DECIBELS, "effort": _EFFORT}
     made = {
         "edgewise, float": ours(net, setting, "pruned", **by),
         "edgewise, int8 too": ours(net, setting, "together", int8=True, **by),

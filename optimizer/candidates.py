@@ -133,7 +133,8 @@ def _pruned(
     if start.samples is None:
         raise InputError("pruning needs samples, unlabelled ones will do: pass them with --data")
     options = recipe.prune or Prune()
-    parts = split_to_prune(start.samples, recipe.seed)
+    decides = recipe.quantize is not None or options.bounds_metric
+    parts = split_to_prune(start.samples, recipe.seed, decides=decides)
     judge = _judge(start, parts.judge, recipe, options.min_metric)
     assert judge is not None
     found = find_pruned(

@@ -63,6 +63,7 @@ MEGABYTE = 1e6
 
 _FEWEST = 32  # samples
 _MOST_JUDGES = 1000
+_FEW_JUDGES = 64
 _MOST_CHOOSING = 200
 _SECONDS = 4.0  # for a latency that is only a step towards the bound
 _FIRST = 0.5  # of the cost: the amount that is tried first
@@ -232,10 +233,10 @@ def _distinct(plans: Mapping[float, PrunePlan], known: Sequence[PrunePlan]) -> l
     return [b for i, b in enumerate(told) if plans[b] not in (*known, *(plans[other] for other in told[:i]))]
 
 
-def split_to_prune(samples: Samples, seed: int) -> Split:
+def split_to_prune(samples: Samples, seed: int, *, decides: bool = True) -> Split:
     """Samples to learn from, to stop learning by, and to judge by, drawn at random and apart.
 
-    Raises `EdgewiseError` where there are too few.
+    Where the judgement `decides` nothing, few judge. Raises `EdgewiseError` where there are too few.
     """
     count = len(samples)
     if count < _FEWEST:
@@ -243,7 +244,8 @@ def split_to_prune(samples: Samples, seed: int) -> Split:
             f"{count} samples are too few to learn from some and judge by others: give {_FEWEST} or more, "
             "better hundreds (labels are not needed)"
         )
-    judges, chooses = min(count // 6, _MOST_JUDGES), min(count // 16, _MOST_CHOOSING)
+    chooses = min(count // 16, _MOST_CHOOSING)
+    judges = min(count // 6, _MOST_JUDGES if decides else max(chooses, _FEW_JUDGES))
     order = np.random.default_rng(seed).permutation(count)
     judge, choose, learn = np.split(order, [judges, judges + chooses])
     return Split(*(samples.take(np.sort(part)) for part in (learn, choose, judge)))

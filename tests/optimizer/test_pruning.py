@@ -207,3 +207,10 @@ def test_parts_are_apart_and_all_there() -> None:
     parts = split_to_prune(from_arrays({"x": np.arange(100, dtype=np.float32)[:, None]}, specs), seed=0)
     seen = [feed["x"].item() for part in (parts.calibrate, parts.choose, parts.judge) for feed in part]
     assert sorted(seen) == list(range(100))
+
+
+def test_few_judge_where_that_decides_nothing() -> None:
+    specs = (TensorSpec("x", np.dtype(np.float32), ("N", 1)),)
+    samples = from_arrays({"x": np.arange(2000, dtype=np.float32)[:, None]}, specs)
+    parts = split_to_prune(samples, seed=0, decides=False)
+    assert [len(part) for part in (parts.calibrate, parts.choose, parts.judge)] == [1750, 125, 125]
