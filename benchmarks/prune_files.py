@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import prune_rival
+from corpus import Classifier
 from int8_jobs import Row, Setting
 from int8_nets import CALIBRATE, Net
 from prune_rival import Request
 from zeroed import parameters
 
-from edgewise.calibration.data import Samples
+from edgewise.calibration.data import Samples, from_arrays
 from edgewise.optimizer import files, prune, quantize
 from edgewise.optimizer.inspection import count_macs
 from edgewise.optimizer.recipe import Prune, Quantize, Recipe
 from edgewise.runtime.errors import EdgewiseError
+from edgewise.runtime.evaluate import input_specs
 from edgewise.runtime.foreign import foreign_code
 
 HALF = 0.5
@@ -44,9 +46,10 @@ def ours(
     int8: bool = False,
     metric: str = "",
     whatever_it_costs: bool = False,
+    data: Samples | None = None,
     **by: Any,
 ) -> Made:
-    """What `edgewise prune` makes of a net by these options, from inputs without labels.
+    """What `edgewise prune` makes of a net by these options, from inputs without labels or from `data`.
 
     In int8 it may cost as much of the metric as by default, or `whatever_it_costs`.
     """
@@ -59,7 +62,8 @@ def ours(
     )
     if whatever_it_costs:
         recipe = recipe.with_options(objective="size", max_drop=1.0)
-    return attempted(out, lambda: prune(net.path, out, data=samples(net, setting), recipe=recipe, force=True))
+    given = samples(net, setting) if data is None else data
+    return attempted(out, lambda: prune(net.path, out, data=given, recipe=recipe, force=True))
 
 
 def in_int8(source: Path, net: Net, setting: Setting) -> Made:
@@ -69,6 +73,23 @@ def in_int8(source: Path, net: Net, setting: Setting) -> Made:
     return attempted(
         out, lambda: quantize(source, out, data=samples(net, setting), recipe=recipe, force=True)
     )
+
+
+def int8_alone(net: Net, setting: Setting, data: Samples) -> Made:
+    """The fastest that `edgewise quantize` makes within a point of the metric."""
+    out = setting.folder / f"{net.name}.int8-alone.onnx"
+    recipe = Recipe(threads=setting.threads)
+    return attempted(out, lambda: quantize(net.path, out, data=data, recipe=recipe, force=True))
+
+
+def labelled(classifier: Classifier, setting: Setting) -> Samples:
+    """The images a classifier may be calibrated with, and their labels."""
+    found = classifier.calibration()
+    found = found.every(max(len(found) // setting.samples, 1))
+    specs = input_specs(files.load(classifier.path))
+    images = np.concatenate(list(found))
+    labels = found.labels + classifier.first_class
+    return from_arrays({specs[0].name: images}, specs, labels=labels)
 
 
 def attempted(out: Path, make: Callable[[], object]) -> Made:

@@ -15,11 +15,21 @@ from pathlib import Path
 import architectures
 from corpus import Classifier
 from int8_accuracy import Judges, line
-from int8_files import ours as quantized
 from int8_jobs import Row, Setting
 from int8_latency import raced
 from int8_nets import JUDGE, Net, seeded
-from prune_files import HALF, Made, in_int8, left, ours, present, reached, theirs
+from prune_files import (
+    HALF,
+    Made,
+    in_int8,
+    int8_alone,
+    labelled,
+    left,
+    ours,
+    present,
+    reached,
+    theirs,
+)
 
 RESNETS = ("cifar_resnet20", "cifar_resnet56", "resnet18", "resnet50")
 
@@ -31,6 +41,7 @@ _BY_MACS = "edgewise, half, by MACs alone"
 _HALF_THEIRS, _ROUND_THEIRS = "Torch-Pruning, half", "Torch-Pruning, half, multiples of 8"
 _TOGETHER, _INT8 = "pruned and int8", "int8 alone"
 _FASTER_TOGETHER, _SMALLER, _POINT = 1.3, 6.0, 1.0
+_EFFORT, _TRIALS = 0.25, 4  # of the default, which takes half an hour a net on one thread
 
 
 def resnet18(folder: Path) -> Net:
@@ -89,14 +100,13 @@ def latency_summary(rows: Sequence[Row]) -> list[str]:
 
 
 def together_rows(classifier: Classifier, net: Net, setting: Setting) -> list[Row]:
-    """Pruned and int8 at once beside int8 alone, both by the defaults, and top-1 of all."""
-    made = {
-        _TOGETHER: ours(net, setting, "together", int8=True),
-        _INT8: quantized(net, setting).path,
-    }
-    pruned, alone = made[_TOGETHER], made[_INT8]
+    """Pruned and int8 at once beside int8 alone, of the same labelled images, and top-1 of all."""
+    data = labelled(classifier, setting)
+    pruned = ours(net, setting, "together", int8=True, data=data, effort=_EFFORT, trials=_TRIALS)
     if pruned.failure:
         return [{"model": net.name, "file": _TOGETHER, "failure": pruned.failure}]
+    int8 = int8_alone(net, setting, data)
+    alone = net.path if int8.failure else int8.path
     report = raced(
         {_INT8: alone, _TOGETHER: pruned.path, "float": net.path},
         net.feeds(JUDGE, 1)[0],
