@@ -270,6 +270,7 @@ def _(facts: Inspection) -> RenderableType:
     rows: list[tuple[str, str]] = [
         ("file", facts.path),
         ("size", f"{size_text(facts.bytes)}, {facts.parameters:,} parameters"),
+        ("weights compressed", size_text(facts.compressed_bytes)),
         ("format", f"IR {facts.ir_version}, opset {opsets}"),
         ("producer", facts.producer),
         ("sha256", facts.sha256),

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from edgewise.calibration.regions import find_regions
 from edgewise.calibration.target import target_of
 from edgewise.optimizer import files
+from edgewise.optimizer.compressed_size import compressed_bytes
 from edgewise.optimizer.pipeline import Progress, Reference, no_progress, run_passes
 from edgewise.optimizer.recipe import Recipe
 from edgewise.passes import PASSES
@@ -80,7 +81,8 @@ class Macs:
 class Inspection:
     """A model as it is, and what could be made of it.
 
-    `bytes` is the file with its external data, `parameters` the numbers in all constants, `opsets`
+    `bytes` is the file with its external data, `compressed_bytes` what its weights come to in a zip or a
+    download, `parameters` the numbers in all constants, `opsets`
     the version of each operator set by domain, `operators` how often each occurs, most frequent first,
     `metadata` what edgewise wrote into the file. `channels`, and `int8` and `not_int8` (operators, and
     reasons against it, with the number of nodes) are those of the model after the exact passes.
@@ -89,6 +91,7 @@ class Inspection:
     path: str
     sha256: str
     bytes: int
+    compressed_bytes: int
     ir_version: int
     producer: str
     opsets: Mapping[str, int]
@@ -122,6 +125,7 @@ def inspect(
         path=str(path),
         sha256=files.sha256(path),
         bytes=files.file_bytes(path),
+        compressed_bytes=compressed_bytes(model),
         ir_version=model.ir_version,
         producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
         opsets=dict(model.opset_imports),

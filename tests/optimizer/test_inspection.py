@@ -134,6 +134,7 @@ def test_everything_is_reported(model_path: Path) -> None:
     assert (image.name, image.dtype, image.shape) == ("image", "FLOAT", ("N", 3, 8, 8))
     assert (scores.name, scores.shape) == ("scores", ("N", 5))
     assert facts.parameters == 16 * 27 + 16 * 5 + 5 * 16 + 5
+    assert 0 < facts.compressed_bytes < facts.bytes
     assert dict(facts.operators)["Conv"] == 1
     assert facts.metadata == {}
     assert facts.int8["Gemm"] == 1
