@@ -286,7 +286,7 @@ def find_pruned(
     pricing = _pricing(recipe, feed, ready, _quick_int8(recipe, parts, reference))
     task = Task(ready, parts, scores, pricing, macs, options, recipe.seed, recipe.threads)
     if folder is not None:
-        task = dataclasses.replace(task, folder=_folder(task, folder))
+        task = dataclasses.replace(task, folder=_folder(task, recipe, folder))
     search = Search(task, judge, recipe, reference, progress)
     if options.bounds_metric:
         tried = search.for_metric()
@@ -306,10 +306,10 @@ def _write_all(search: Search, tried: Sequence[tuple[Trial, Amount]], folder: Pa
         files.save(search.exact(trial.model), folder / f"macs-{amount.macs:.4f}.onnx", force=True)
 
 
-def _folder(task: Task, root: Path) -> Path:
+def _folder(task: Task, recipe: Recipe, root: Path) -> Path:
     """Where trials of just this task are kept: another model, other samples or options have another place."""
     origin = Origin.of(task.model, (), task.parts.calibrate)
-    said = f"{origin} {task.options} {task.seed} {type(task.pricing).__name__}"
+    said = f"{origin} {task.options} {task.seed} {_counted(recipe)} {recipe.quantize}"
     folder = root / hashlib.sha256(said.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -95,7 +95,7 @@ class RemoveChannels(Pass):
     def label(self) -> str:
         branches = len(self.plan.branches)
         channels = f"{self.name}: {len(self.plan) - branches} of {len(self.plan.leaving)} groups"
-        return channels + (f", {branches} branches" if branches else "")
+        return channels + (f", {branches} branch{'es' * (branches > 1)}" if branches else "")
 
 
 def survivors(model: ir.Model, plan: PrunePlan) -> dict[tuple[str, int], Indices]:

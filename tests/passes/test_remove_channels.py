@@ -134,7 +134,7 @@ def test_a_branch_leaves_beside_channels_of_its_stream() -> None:
     expected = np.einsum("oc,ci,nihw->nohw", last, first, x)
     found = Evaluator(cut).run({"x": x})["y"]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # float32, other order of sums
-    assert RemoveChannels(plan).label == "remove-channels: 2 of 1 groups, 1 branches"
+    assert RemoveChannels(plan).label == "remove-channels: 2 of 1 groups, 1 branch"
     assert "branches: [h]" in RemoveChannels(plan).spec
     assert len(plan) == 3
 
