@@ -215,16 +215,16 @@ class Search:
         return run_passes(model, self.recipe.chain, Reference(model, self.reference.feeds))[0]
 
     def _int8_score(self, model: ir.Model) -> float | None:
-        """The score in int8 by the target's rules, which is quickly found; None where none is wanted."""
+        """The score in int8 as it is quickly found; None where none is wanted."""
         quick = _quick_int8(self.recipe, self.task.parts, self.reference)
-        made = None if quick is None else quick.of(model)
+        made = None if quick is None else quick.nearest(model)
         return None if made is None else self.judge.score(made)
 
 
 def _quick_int8(recipe: Recipe, parts: Split, reference: Reference) -> QuickInt8 | None:
     """What makes int8 forms where the recipe wants int8."""
     options = recipe.quantize
-    return None if options is None else QuickInt8(options, recipe, parts.calibrate, reference.feeds)
+    return None if options is None else QuickInt8(options, recipe, parts, reference.feeds)
 
 
 def _distinct(plans: Mapping[float, PrunePlan], known: Sequence[PrunePlan]) -> list[float]:
