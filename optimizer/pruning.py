@@ -32,7 +32,7 @@ from edgewise.optimizer.pricing import (
 from edgewise.optimizer.prune_trial import Task, Trial, planned, scored, try_out, work
 from edgewise.optimizer.quick_int8 import QuickInt8
 from edgewise.optimizer.recipe import Prune, Recipe
-from edgewise.optimizer.report import Amount
+from edgewise.optimizer.report import Amount, best_amount
 from edgewise.optimizer.width_probe import Bench, measure_widths
 from edgewise.passes import parse
 from edgewise.passes.remove_channels import PrunePlan, RemoveChannels
@@ -210,6 +210,22 @@ class Search:
         keeps = not self.options.bounds_metric or found.worst >= self.judge.floor
         return dataclasses.replace(found, keeps_bound=keeps)
 
+    def timed(self, tried: Sequence[tuple[Trial, Amount]], feed: Feed) -> list[tuple[Trial, Amount]]:
+        """The same with how much faster each is than the input, in the form that is wanted, in one run."""
+        form = _quick_int8(self.recipe, self.task.parts, self.reference) or self.exact
+        made = {"input": self.exact(self.task.model)}
+        made |= {str(i): form(trial.model) for i, (trial, _) in enumerate(tried)}
+        self.progress("how fast every amount is", 0, 1)
+        with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
+            paths = {name: files.save(model, Path(folder) / f"{name}.onnx") for name, model in made.items()}
+            seconds = _SECONDS * len(paths)
+            found = measure(paths, feed=feed, conditions=_conditions(self.recipe), max_seconds=seconds)
+        speedup = {ratio.name: ratio.speedup for ratio in found.ratios}
+        return [
+            (trial, dataclasses.replace(amount, speedup=speedup.get(str(i))))
+            for i, (trial, amount) in enumerate(tried)
+        ]
+
     def exact(self, model: ir.Model) -> ir.Model:
         """The model after the recipe's exact passes, held to its own outputs."""
         return run_passes(model, self.recipe.chain, Reference(model, self.reference.feeds))[0]
@@ -294,6 +310,8 @@ def find_pruned(
         tried = search.tried([1 - options.ratio])
     else:
         tried = search.for_cost(*_limit(search, feed))
+    if recipe.benchmark is not None and len(tried) > 1:
+        tried = search.timed(tried, feed)
     if options.candidates is not None:
         _write_all(search, tried, Path(options.candidates))
     return _best(search, tried, prepared)
@@ -352,32 +370,35 @@ def _limit(search: Search, feed: Feed) -> tuple[Cost, float]:
     return lambda model: _milliseconds(search.exact(model), feed, recipe), options.max_latency
 
 
+def _conditions(recipe: Recipe) -> Conditions:
+    return Conditions(provider=recipe.target, threads=recipe.threads)
+
+
 def _milliseconds(model: ir.Model, feed: Feed, recipe: Recipe) -> float:
     with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
         path = files.save(model, Path(folder) / "model.onnx")
-        where = Conditions(provider=recipe.target, threads=recipe.threads)
-        (found,) = measure({"model": path}, feed=feed, conditions=where, max_seconds=_SECONDS).models
+        where, seconds = _conditions(recipe), _SECONDS
+        (found,) = measure({"model": path}, feed=feed, conditions=where, max_seconds=seconds).models
     if found.failed:
         raise EdgewiseError(f"the pruned model cannot be measured: {found.failed}")
     return found.median_ms
 
 
 def _best(search: Search, tried: Sequence[tuple[Trial, Amount]], prepared: tuple[StepReport, ...]) -> Pruned:
-    """Of those that keep the bound the one with least left; with best effort else the best of the others."""
+    """Of those that keep the bound the one that the objective asks for; with best effort else the best."""
     amounts = tuple(sorted((amount for _, amount in tried), key=lambda a: a.budget))
-    able = [pair for pair in tried if pair[1].keeps_bound]
-    best, reached = max(tried, key=lambda pair: pair[1].worst)
+    best = best_amount(amounts, search.recipe.objective)
     why = ""
-    if not able:
+    if not best.keeps_bound:
         why = (
             f"no amount of pruning keeps {search.judge.metric.name} at {search.judge.floor:.4f} or more: "
-            f"{reached.worst:.4f} was reached with {reached.macs:.0%} of the multiply-accumulates"
+            f"{best.worst:.4f} was reached with {best.macs:.0%} of the multiply-accumulates"
             if search.options.bounds_metric
-            else f"the bound cannot be reached: {reached.macs:.0%} of the multiply-accumulates stay"
+            else f"the bound cannot be reached: {best.macs:.0%} of the multiply-accumulates stay"
         )
         if not search.options.best_effort:
             return Pruned(None, (), amounts, None, why)
-    chosen = min(able, key=lambda pair: pair[1].budget)[0] if able else best
+    chosen = next(trial for trial, amount in tried if amount is best)
     exact, steps = run_passes(
         chosen.model, search.recipe.chain, Reference(chosen.model, search.reference.feeds)
     )

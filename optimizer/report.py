@@ -81,7 +81,8 @@ class Amount:
     """An amount of pruning that was tried: what is left, and how well it does.
 
     `budget` and `macs` are shares of the input's. `score` is that of the recovered model, `int8_score` that
-    of its int8 form by the target's rules, where int8 is wanted.
+    of the int8 form that is quickly found, where int8 is wanted. `speedup` is over the input in float, of the
+    form that is wanted; None where it was not measured.
     """
 
     budget: float
@@ -91,11 +92,25 @@ class Amount:
     score: float
     int8_score: float | None
     keeps_bound: bool
+    speedup: float | None = None
 
     @property
     def worst(self) -> float:
         """The lower one of the scores."""
         return self.score if self.int8_score is None else min(self.score, self.int8_score)
+
+
+def best_amount(amounts: Sequence[Amount], objective: str) -> Amount:
+    """Of amounts that keep the bound the one that the objective asks for; of others that of best score."""
+    able = [a for a in amounts if a.keeps_bound]
+    if not able:
+        return max(amounts, key=lambda a: a.worst)
+    if objective == "size":
+        return min(able, key=lambda a: (a.bytes, a.budget))
+    if any(a.speedup is None for a in able):
+        return min(able, key=lambda a: a.budget)
+    size = {"balanced": 1}.get(objective, 0)
+    return min(able, key=lambda a: a.bytes**size / (a.speedup or 1))
 
 
 @dataclass(frozen=True)
@@ -211,7 +226,15 @@ STEP_COLUMNS = (
     "refused or rolled back because",
 )
 CANDIDATE_COLUMNS = ("candidate", "size", "speed-up", "95 % interval", "written", "why")
-AMOUNT_COLUMNS = ("budget", "MACs left", "parameters", "weights", "score", "in int8", "keeps the bound")
+AMOUNT_COLUMNS = (
+    "MACs left",
+    "parameters",
+    "weights",
+    "speed-up",
+    "score",
+    "in int8",
+    "keeps the bound",
+)
 SENSITIVITY_COLUMNS = ("node", "operator", "noise of the signal", "runs as")
 LATENCY_COLUMNS = ("model", "median ms", "95 % interval", "p90", "p99", "min", "load ms", "peak MB", "runs")
 
@@ -230,10 +253,10 @@ def amount_rows(amounts: Iterable[Amount]) -> list[Row]:
     """A row an amount of pruning that was tried."""
     return [
         (
-            f"{a.budget:.1%}",
             f"{a.macs:.1%}",
             f"{a.parameters:,}",
             size_text(a.bytes),
+            "" if a.speedup is None else f"{a.speedup:.2f}x",
             f"{a.score:.4f}",
             "" if a.int8_score is None else f"{a.int8_score:.4f}",
             "yes" if a.keeps_bound else "no",

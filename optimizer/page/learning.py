@@ -11,7 +11,7 @@ from edgewise.optimizer.page.job import score_text
 from edgewise.optimizer.page.learning_charts import Bounded
 from edgewise.optimizer.page.text import count_text, digits, percent
 from edgewise.optimizer.recipe import Prune
-from edgewise.optimizer.report import Amount, Report, size_text
+from edgewise.optimizer.report import Amount, Report, best_amount, size_text
 from edgewise.training.options import History
 
 _CAPPED = "psnr"  # against itself the input has a score that says nothing
@@ -43,11 +43,10 @@ def _bounded(report: Report) -> Bounded:
 
 
 def _taken(report: Report) -> Amount | None:
-    """The amount that became the pruned model: of those that keep the bound the least, or the best one."""
+    """The amount that became the pruned model, if one did."""
     if PRUNED not in (c.name for c in report.candidates):
         return None
-    able = [a for a in report.amounts if a.keeps_bound]
-    return min(able, key=lambda a: a.budget) if able else max(report.amounts, key=lambda a: a.worst)
+    return best_amount(report.amounts, report.recipe["objective"])
 
 
 def _title(by: Bounded, taken: Amount | None) -> str:
@@ -59,13 +58,14 @@ def _title(by: Bounded, taken: Amount | None) -> str:
 
 
 def _amounts_table(amounts: tuple[Amount, ...], by: Bounded, taken: Amount | None) -> Table:
-    with_int8 = any(a.int8_score is not None for a in amounts)
+    with_int8, timed = any(a.int8_score is not None for a in amounts), any(a.speedup for a in amounts)
     rows = [
         Row(
             (
                 Cell(percent(a.macs, 1), "strong"),
                 Cell(f"{a.parameters:,}"),
                 Cell(size_text(a.bytes)),
+                *([Cell(f"{a.speedup:.2f} times" if a.speedup else "")] if timed else []),
                 Cell(by.text(a.score)),
                 *([Cell("" if a.int8_score is None else by.text(a.int8_score))] if with_int8 else []),
                 Cell("keeps the bound", "good") if a.keeps_bound else Cell("breaks the bound", "bad"),
@@ -74,7 +74,8 @@ def _amounts_table(amounts: tuple[Amount, ...], by: Bounded, taken: Amount | Non
         )
         for a in sorted(amounts, key=lambda a: a.macs)
     ]
-    columns = ("MACs left", "parameters", "weights", by.metric, *(["in int8"] if with_int8 else []), "", "")
+    maybe = {"as fast": timed, by.metric: True, "in int8": with_int8}
+    columns = ("MACs left", "parameters", "weights", *(name for name, has in maybe.items() if has), "", "")
     return table(columns, rows, left=(0, len(columns) - 2, len(columns) - 1))
 
 

@@ -13,7 +13,7 @@ from edgewise.optimizer.report import Amount, Report
 from edgewise.training.options import Epoch, History
 
 AMOUNTS = (
-    Amount(0.25, 0.26, 1_180_000, 4_720_000, 0.905, 0.899, False),
+    Amount(0.25, 0.26, 1_180_000, 4_720_000, 0.905, 0.899, False, 2.31),
     Amount(0.5, 0.508, 42_420_000, 169_680_000, 0.9244, None, True),
 )
 LEARNED = History(
@@ -30,8 +30,8 @@ def printed(report: Report) -> list[str]:
 def test_amounts_are_a_table_that_fits() -> None:
     lines = printed(dataclasses.replace(bare(), amounts=AMOUNTS))
     little, much = (" ".join(line.split()) for line in lines if line.rstrip().endswith((" no", " yes")))
-    assert little == "25.0% 26.0% 1,180,000 4.72 MB 0.9050 0.8990 no"
-    assert much == "50.0% 50.8% 42,420,000 169.68 MB 0.9244 yes"
+    assert little == "26.0% 1,180,000 4.72 MB 2.31x 0.9050 0.8990 no"
+    assert much == "50.8% 42,420,000 169.68 MB 0.9244 yes"
     assert any("keeps the bound" in line for line in lines)  # nothing was folded
 
 
@@ -44,4 +44,4 @@ def test_a_training_is_a_sentence() -> None:
 def test_without_either_nothing_is_said() -> None:
     text = " ".join(printed(dataclasses.replace(bare(), history=History())))
     assert "learned" not in text
-    assert "budget" not in text
+    assert "MACs left" not in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from edgewise.models.digits import load_digits, load_digits_net
 from edgewise.optimizer import files, prune
 from edgewise.optimizer.pipeline import no_progress
 from edgewise.optimizer.pruning import split_to_prune
-from edgewise.optimizer.recipe import Prune, Recipe
-from edgewise.optimizer.report import Report
+from edgewise.optimizer.recipe import Benchmark, Prune, Recipe
+from edgewise.optimizer.report import Amount, Report, best_amount
 from edgewise.optimizer.torch_export import export
 from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import TensorSpec
@@ -73,6 +74,34 @@ def test_a_bound_on_the_metric_is_kept_by_what_is_written(digits: Path, tmp_path
     lost = [a.budget for a in report.amounts if not a.keeps_bound]
     assert min(kept) < 1
     assert all(budget < min(kept) for budget in lost)
+
+
+def test_every_amount_is_timed_where_time_counts(digits: Path, tmp_path: Path) -> None:
+    benchmark = Benchmark(max_seconds=1.0).model_dump()
+    report = pruned(
+        digits, tmp_path / "out.onnx", max_drop=0.5, trials=2, recover="none", benchmark=benchmark
+    )  # fmt: skip
+    assert len(report.amounts) == 2
+    assert all(a.speedup is not None and a.speedup > 0 for a in report.amounts)
+
+
+LITTLE, MUCH = (
+    Amount(b, b, 1000, size, 0.9, None, True, x) for b, size, x in ((0.2, 900, 2.0), (0.5, 500, 1.5))
+)
+
+
+@pytest.mark.parametrize(("objective", "best"), [("latency", LITTLE), ("size", MUCH), ("balanced", MUCH)])
+def test_the_objective_picks_among_amounts(objective: str, best: Amount) -> None:
+    assert best_amount((MUCH, LITTLE), objective) is best
+    broken = dataclasses.replace(best, keeps_bound=False)
+    assert best_amount((LITTLE, MUCH, broken), objective) is best
+
+
+def test_of_amounts_that_nobody_timed_the_least_is_best() -> None:
+    least, more = (dataclasses.replace(a, speedup=None) for a in (LITTLE, MUCH))
+    assert best_amount((more, least), "latency") is least
+    low, high = (dataclasses.replace(a, keeps_bound=False, score=s) for a, s in ((least, 0.3), (more, 0.8)))
+    assert best_amount((low, high), "latency") is high
 
 
 def test_the_ratio_is_of_every_layers_channels(digits: Path, tmp_path: Path) -> None:

@@ -85,6 +85,17 @@ class TestAmounts:
         assert "in int8" not in rows.columns
         assert "int8" not in drawn.figure.alt
 
+    def test_of_measured_amounts_the_fastest_was_taken(self) -> None:
+        """Though it is not the one with least left."""
+        timed = [dataclasses.replace(a, speedup=x) for a, x in zip(TRIED, (1.9, 3.0, 1.8, 1.7), strict=True)]
+        _, rows = shown(amounts_section(pruned(*timed)))
+        assert rows is not None
+        assert rows.columns[3] == "as fast"
+        assert [row.cells[3].text for row in rows.rows] == [
+            f"{x} times" for x in ("3.00", "1.80", "1.70", "1.90")
+        ]
+        assert [row.cells[-1].text for row in rows.rows] == ["", "", "", "taken"]
+
     def test_one_amount_is_a_table(self) -> None:
         drawn, rows = shown(amounts_section(pruned(ENOUGH)))
         assert drawn is None
