@@ -210,7 +210,9 @@ class Search:
         keeps = not self.options.bounds_metric or found.worst >= self.judge.floor
         return dataclasses.replace(found, keeps_bound=keeps)
 
-    def timed(self, tried: Sequence[tuple[Trial, Amount]], feed: Feed) -> list[tuple[Trial, Amount]]:
+    def timed(
+        self, tried: Sequence[tuple[Trial, Amount]], feed: Feed, seconds: float
+    ) -> list[tuple[Trial, Amount]]:
         """The same with how much faster each is than the input, in the form that is wanted, in one run."""
         form = _quick_int8(self.recipe, self.task.parts, self.reference) or self.exact
         made = {"input": self.exact(self.task.model)}
@@ -218,7 +220,6 @@ class Search:
         self.progress("how fast every amount is", 0, 1)
         with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
             paths = {name: files.save(model, Path(folder) / f"{name}.onnx") for name, model in made.items()}
-            seconds = _SECONDS * len(paths)
             found = measure(paths, feed=feed, conditions=_conditions(self.recipe), max_seconds=seconds)
         speedup = {ratio.name: ratio.speedup for ratio in found.ratios}
         return [
@@ -311,7 +312,7 @@ def find_pruned(
     else:
         tried = search.for_cost(*_limit(search, feed))
     if recipe.benchmark is not None and len(tried) > 1:
-        tried = search.timed(tried, feed)
+        tried = search.timed(tried, feed, min(_SECONDS * len(tried), recipe.benchmark.max_seconds))
     if options.candidates is not None:
         _write_all(search, tried, Path(options.candidates))
     return _best(search, tried, prepared)

@@ -79,7 +79,8 @@ def test_a_bound_on_the_metric_is_kept_by_what_is_written(digits: Path, tmp_path
 def test_every_amount_is_timed_where_time_counts(digits: Path, tmp_path: Path) -> None:
     benchmark = Benchmark(max_seconds=1.0).model_dump()
     report = pruned(
-        digits, tmp_path / "out.onnx", max_drop=0.5, trials=2, recover="none", benchmark=benchmark
+        digits, tmp_path / "out.onnx", max_drop=0.5, trials=2, recover="none", cost="macs",
+        score="magnitude-l2", benchmark=benchmark,
     )  # fmt: skip
     assert len(report.amounts) == 2
     assert all(a.speedup is not None and a.speedup > 0 for a in report.amounts)
@@ -117,7 +118,9 @@ def test_the_size_is_that_of_the_file(digits: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cost", ["macs", "size"])
 def test_what_is_saved_may_be_another_cost_than_the_bounds(cost: str, digits: Path, tmp_path: Path) -> None:
-    report = pruned(digits, tmp_path / f"{cost}.onnx", max_macs=0.5, recover="none", cost=cost)
+    report = pruned(
+        digits, tmp_path / f"{cost}.onnx", max_macs=0.5, recover="none", score="random", cost=cost
+    )
     (amount,) = report.amounts
     assert 0.4 < amount.macs <= 0.5
 
@@ -132,7 +135,7 @@ def test_an_interrupted_search_goes_on(digits: Path, tmp_path: Path, monkeypatch
     """What was tried before the interrupt is not tried again, and the end is the same."""
     from edgewise.optimizer import pruning
 
-    options = {"max_drop": 0.02, "trials": 2, "recover": "closed-form"}
+    options = {"max_drop": 0.02, "trials": 2, "recover": "reestimate"}
     pruned(digits, tmp_path / "whole.onnx", **options)
     tried: list[float] = []
     real = pruning.try_out
