@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from edgewise.optimizer.width_probe import Bench, measure_widths
+from edgewise.optimizer.width_probe import Bench, UnknownLayersError, measure_widths
 from edgewise.passes.channels import ChannelGraph
 from edgewise.passes.graph import opset
 from edgewise.passes.infer_shapes import shapes_on
@@ -59,13 +59,21 @@ class Priced:
 
 @dataclass(frozen=True, eq=False)
 class ByTime:
-    """Milliseconds on the target, by the times of every layer at many widths; measured when asked."""
+    """Milliseconds on the target, by the times of every layer at many widths; measured when asked.
+
+    Where layers of an int8 form are not those of the model, those of the model in float stand for them.
+    """
 
     feed: Feed
     bench: Bench
 
     def __call__(self, model: ir.Model) -> Cost:
-        return measure_widths(model, self.feed, self.bench)
+        try:
+            return measure_widths(model, self.feed, self.bench)
+        except UnknownLayersError:
+            bench = self.bench
+            in_float = Bench(bench.provider, bench.threads, bench.multiple, timeout=bench.timeout)
+            return measure_widths(model, self.feed, in_float)
 
 
 def shapes_of(feed: Feed) -> Shapes:

@@ -33,7 +33,7 @@ from edgewise.optimizer.prune_trial import Task, Trial, planned, scored, try_out
 from edgewise.optimizer.quick_int8 import QuickInt8
 from edgewise.optimizer.recipe import Prune, Recipe
 from edgewise.optimizer.report import Amount, best_amount
-from edgewise.optimizer.width_probe import Bench, measure_widths
+from edgewise.optimizer.width_probe import Bench
 from edgewise.passes import parse
 from edgewise.passes.remove_channels import PrunePlan, RemoveChannels
 from edgewise.runtime.conditions import Conditions
@@ -344,7 +344,8 @@ def _pricing(recipe: Recipe, feed: Feed, model: ir.Model, int8: QuickInt8 | None
     bench = Bench(provider=recipe.target, threads=recipe.threads)
     if int8 is not None:
         bench = dataclasses.replace(bench, int8=True, form=int8)
-    return Priced(measure_widths(model, feed, bench)) if options.schedule == 1 else ByTime(feed, bench)
+    by_time = ByTime(feed, bench)
+    return Priced(by_time(model)) if options.schedule == 1 else by_time
 
 
 def _counted(recipe: Recipe) -> str:

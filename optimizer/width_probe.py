@@ -46,6 +46,7 @@ _STEEPEST = 2.0  # how much slower than a wider layer one of odd width may be
 _POINTS = {1: 24, 2: 8, 3: 4}
 """The most widths along an axis, by how many axes there are; with more axes nothing is timed alone."""
 _LEAST_MS = 2e-4
+_KNOWN = 0.9  # of the multiply-accumulates have to be of layers that are found again
 _FINE = 16  # kernels like its multiples everywhere
 
 
@@ -65,6 +66,10 @@ class Bench:
     timeout: float = 120.0
 
 
+class UnknownLayersError(EdgewiseError):
+    """What the form computes with are other layers than the model's."""
+
+
 @dataclass(frozen=True)
 class _Network:
     """The model as a whole at some widths: what each of its layers took, by first output."""
@@ -78,7 +83,8 @@ def measure_widths(
 ) -> WidthTable:
     """The table of `model` run on `feed`.
 
-    Raises `EdgewiseError` where the model cannot be profiled, or nothing of it can be pruned.
+    Raises `EdgewiseError` where the model cannot be profiled, or nothing of it can be pruned, and
+    `UnknownLayersError` where the bench's form has other layers.
     """
     shapes = shapes_on(model, {name: np.shape(array) for name, array in feed.items()})
     graph = ChannelGraph.of(model.graph, opset(model))
@@ -244,7 +250,12 @@ def _networks(
     for plan, nodes in zip(plans, profiles, strict=True):
         cuts = plan.cuts(graph)
         widths = {slot: int((~graph.leaving(slot, cuts)).sum()) for slot in full}
-        networks.append(_Network(widths, _shared_out(nodes, weights, empty)))
+        ms = _shared_out(nodes, weights, empty)
+        if bench.int8 and sum(w for name, w in weights.items() if ms.get(name)) < _KNOWN * sum(
+            weights.values()
+        ):
+            raise UnknownLayersError("the int8 form has other layers than the model")
+        networks.append(_Network(widths, ms))
     return networks
 
 
