@@ -12,7 +12,8 @@ from rewrites import build, normal
 
 from edgewise.optimizer import cache
 from edgewise.optimizer.layer_models import points_of, side_by_side
-from edgewise.optimizer.width_probe import Bench, _axis, _plausible, measure_widths
+from edgewise.optimizer.pricing import ByTime
+from edgewise.optimizer.width_probe import Bench, UnknownLayersError, _axis, _plausible, measure_widths
 from edgewise.optimizer.width_table import Kind, Timing, WidthTable
 from edgewise.passes.channels import ChannelGraph
 from edgewise.passes.graph import opset
@@ -168,6 +169,32 @@ def test_a_table_is_a_cost(tmp_path: Path) -> None:
     assert len(plan) == 8, "another four would save nothing"
     assert achieved(model, uniform(model, scores, 0.25, multiple=4), table) == 1.0
     assert achieved(model, plan, Macs(shapes)) < 0.5
+
+
+def test_a_form_of_other_layers_tells_nothing_of_the_model() -> None:
+    """What computes there is called otherwise, so that nobody knows which layer took what."""
+    model = net()
+    feed = seeded_feed(input_specs(model), size=1)
+
+    def renamed(form: ir.Model) -> ir.Model:
+        other = form.clone()
+        for node in other.graph:
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.name = f"{value.name}.other"
+        first = other.graph.node(0)
+        extra = ir.node("Conv", [first.inputs[0], *first.inputs[1:]], first.attributes)
+        extra.outputs[0].name = "extra"
+        other.graph.insert_before(first, extra)
+        other.graph.outputs.append(extra.outputs[0])
+        extra.outputs[0].type = first.outputs[0].type
+        extra.outputs[0].shape = first.outputs[0].shape
+        return other
+
+    bench = Bench(threads=1, int8=True, form=renamed)
+    with pytest.raises(UnknownLayersError, match="other layers"):
+        measure_widths(model, feed, bench)
+    assert isinstance(ByTime(feed, bench)(model), WidthTable)  # those of the model in float stand for them
 
 
 def test_a_model_that_does_not_run_is_refused() -> None:
