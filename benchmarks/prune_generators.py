@@ -25,7 +25,7 @@ from edgewise.optimizer.torch_export import to_model
 from edgewise.runtime.evaluate import Evaluator
 
 _DECIBELS, _FASTER = 30.0, 2.0
-_EFFORT = 0.15  # about two minutes for each of the six trials of all four together
+_EFFORT = 0.15  # which makes it minutes for a generator
 _LATENTS, _JUDGES = 4096, 256
 _STATIC = "quantize_static"
 
