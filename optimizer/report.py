@@ -233,7 +233,7 @@ AMOUNT_COLUMNS = (
     "speed-up",
     "score",
     "in int8",
-    "keeps the bound",
+    "bound kept",
 )
 SENSITIVITY_COLUMNS = ("node", "operator", "noise of the signal", "runs as")
 LATENCY_COLUMNS = ("model", "median ms", "95 % interval", "p90", "p99", "min", "load ms", "peak MB", "runs")
