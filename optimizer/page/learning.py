@@ -65,7 +65,7 @@ def _amounts_table(amounts: tuple[Amount, ...], by: Bounded, taken: Amount | Non
                 Cell(percent(a.macs, 1), "strong"),
                 Cell(f"{a.parameters:,}"),
                 Cell(size_text(a.bytes)),
-                *([Cell(f"{a.speedup:.2f} times" if a.speedup else "")] if timed else []),
+                *([Cell(f"{a.speedup:.2f}×" if a.speedup else "")] if timed else []),
                 Cell(by.text(a.score)),
                 *([Cell("" if a.int8_score is None else by.text(a.int8_score))] if with_int8 else []),
                 Cell("keeps the bound", "good") if a.keeps_bound else Cell("breaks the bound", "bad"),
@@ -74,7 +74,7 @@ def _amounts_table(amounts: tuple[Amount, ...], by: Bounded, taken: Amount | Non
         )
         for a in sorted(amounts, key=lambda a: a.macs)
     ]
-    maybe = {"as fast": timed, by.metric: True, "in int8": with_int8}
+    maybe = {"speed-up": timed, by.metric: True, "in int8": with_int8}
     columns = ("MACs left", "parameters", "weights", *(name for name, has in maybe.items() if has), "", "")
     return table(columns, rows, left=(0, len(columns) - 2, len(columns) - 1))
 

@@ -90,10 +90,8 @@ class TestAmounts:
         timed = [dataclasses.replace(a, speedup=x) for a, x in zip(TRIED, (1.9, 3.0, 1.8, 1.7), strict=True)]
         _, rows = shown(amounts_section(pruned(*timed)))
         assert rows is not None
-        assert rows.columns[3] == "as fast"
-        assert [row.cells[3].text for row in rows.rows] == [
-            f"{x} times" for x in ("3.00", "1.80", "1.70", "1.90")
-        ]
+        assert rows.columns[3] == "speed-up"
+        assert [row.cells[3].text for row in rows.rows] == [f"{x}×" for x in ("3.00", "1.80", "1.70", "1.90")]
         assert [row.cells[-1].text for row in rows.rows] == ["", "", "", "taken"]
 
     def test_one_amount_is_a_table(self) -> None:
