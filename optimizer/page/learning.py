@@ -9,7 +9,7 @@ from edgewise.optimizer.page import learning_charts
 from edgewise.optimizer.page.blocks import Cell, Drawing, Row, Section, Table, lines, section, table
 from edgewise.optimizer.page.job import score_text
 from edgewise.optimizer.page.learning_charts import Bounded
-from edgewise.optimizer.page.text import count_text, digits, percent
+from edgewise.optimizer.page.text import count_text, digits, percent, times
 from edgewise.optimizer.recipe import Prune
 from edgewise.optimizer.report import Amount, Report, best_amount, size_text
 from edgewise.training.options import History
@@ -65,7 +65,7 @@ def _amounts_table(amounts: tuple[Amount, ...], by: Bounded, taken: Amount | Non
                 Cell(percent(a.macs, 1), "strong"),
                 Cell(f"{a.parameters:,}"),
                 Cell(size_text(a.bytes)),
-                *([Cell(f"{a.speedup:.2f}×" if a.speedup else "")] if timed else []),
+                *([Cell(times(a.speedup) if a.speedup else "")] if timed else []),
                 Cell(by.text(a.score)),
                 *([Cell("" if a.int8_score is None else by.text(a.int8_score))] if with_int8 else []),
                 Cell("keeps the bound", "good") if a.keeps_bound else Cell("breaks the bound", "bad"),

@@ -14,6 +14,7 @@ from edgewise.optimizer.page.blocks import Drawing, Section, Table
 from edgewise.optimizer.page.learning import amounts_section, learning_section
 from edgewise.optimizer.page.learning_charts import Bounded
 from edgewise.optimizer.page.render import page_of, render
+from edgewise.optimizer.page.text import TIMES
 from edgewise.optimizer.recipe import Prune, Recipe
 from edgewise.optimizer.report import Amount, Report, Score
 from edgewise.training.options import Epoch, History
@@ -91,7 +92,9 @@ class TestAmounts:
         _, rows = shown(amounts_section(pruned(*timed)))
         assert rows is not None
         assert rows.columns[3] == "speed-up"
-        assert [row.cells[3].text for row in rows.rows] == [f"{x}×" for x in ("3.00", "1.80", "1.70", "1.90")]
+        assert [row.cells[3].text for row in rows.rows] == [
+            f"{x}{TIMES}" for x in ("3.00", "1.80", "1.70", "1.90")
+        ]
         assert [row.cells[-1].text for row in rows.rows] == ["", "", "", "taken"]
 
     def test_one_amount_is_a_table(self) -> None:
