@@ -53,17 +53,18 @@ def resnet18(folder: Path) -> Net:
 def latency_rows(net: Net, setting: Setting) -> list[Row]:
     """A line for every file in float, and one for each of the halves in int8."""
     few = dataclasses.replace(setting, samples=_FEW)
+    bare = {"recover": "none", "metric": "fidelity"}  # seeded nets have one answer to everything
     made = {
-        _HALF_OURS: ours(net, few, "half", max_macs=HALF, cost="latency", recover="none"),
-        _BY_MACS: ours(net, few, "by-macs", max_macs=HALF, recover="none"),
-        _SLIGHT_OURS: ours(net, few, "slight", max_macs=_SLIGHT, cost="latency", recover="none"),
+        _HALF_OURS: ours(net, few, "half", max_macs=HALF, cost="latency", **bare),
+        _BY_MACS: ours(net, few, "by-macs", max_macs=HALF, **bare),
+        _SLIGHT_OURS: ours(net, few, "slight", max_macs=_SLIGHT, cost="latency", **bare),
         _HALF_THEIRS: theirs(net, few, "half", macs=HALF),
         _ROUND_THEIRS: theirs(net, few, "round", macs=HALF, multiple=8),
         "Torch-Pruning, a twentieth less": theirs(net, few, "slight", macs=_SLIGHT),
     }
     halves = [name for name in (_BY_MACS, _HALF_THEIRS, _ROUND_THEIRS) if not made[name].failure]
     small = {name: in_int8(made[name].path, net, few) for name in halves}
-    for_int8 = {"max_macs": HALF, "cost": "latency", "recover": "none"}
+    for_int8 = {"max_macs": HALF, "cost": "latency", **bare}
     small[_HALF_OURS] = ours(net, few, "half-int8", int8=True, whatever_it_costs=True, **for_int8)
     rows = lines(net, net.path, made, "float", few)
     return rows + lines(net, in_int8(net.path, net, few).path, small, "int8", few)
