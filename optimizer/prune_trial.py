@@ -26,7 +26,8 @@ from edgewise.training.options import DivergedError, Epoch, History, TrainOption
 from edgewise.training.refit import recover_closed_form, reestimate
 from edgewise.training.selection import select, uniform
 
-_MULTIPLE = 4  # of widths; which of those the kernels like best a table of times tells
+_WIDE = 256  # channels: from there on kernels want round widths, and narrower layers lose much by them
+_ROUND, _FINE = 8, 4
 _FITTED = {"reestimate": "statistics and biases"}
 _SCORING = 512  # samples that score channels and refit layers: more tell little new
 _BATCH = 64
@@ -92,7 +93,9 @@ def planned(task: Task, model: ir.Model, scores: Scores, budget: float) -> Prune
     """What leaves, for a share of the cost or, with a ratio, of the channels."""
     if task.options.ratio is not None:
         return uniform(model, scores, 1 - budget)
-    return select(model, scores, task.pricing(model), budget, multiple=_MULTIPLE)
+    widest = max((len(worth) for worth in scores.values()), default=0)
+    multiple = _ROUND if widest >= _WIDE else _FINE
+    return select(model, scores, task.pricing(model), budget, multiple=multiple)
 
 
 @dataclass(frozen=True, eq=False)

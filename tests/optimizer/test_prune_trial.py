@@ -281,3 +281,13 @@ def test_a_plan_is_of_the_scores() -> None:
     for name, leaving in plan.leaving.items():
         scores = task.scores[name]
         assert max(scores[list(leaving)]) <= min(np.delete(scores, leaving))
+
+
+@pytest.mark.parametrize(("width", "multiple"), [(32, 4), (256, 8)])
+@pytest.mark.parametrize("budget", [0.35, 0.5, 0.8])
+def test_the_wider_the_layers_the_rounder_their_widths(width: int, multiple: int, budget: float) -> None:
+    task = make_task(width)
+    plan = planned(task, task.model, task.scores, budget)
+    left = [len(task.scores[name]) - len(channels) for name, channels in plan.leaving.items()]
+    assert left
+    assert all(count % multiple == 0 for count in left)
