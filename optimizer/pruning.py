@@ -7,6 +7,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,11 @@ class Search:
     @property
     def options(self) -> Prune:
         return self.task.options
+
+    @cached_property
+    def quick_int8(self) -> QuickInt8 | None:
+        """What makes int8 forms where int8 is wanted."""
+        return _quick_int8(self.recipe, self.task.parts, self.reference)
 
     def for_metric(self) -> list[tuple[Trial, Amount]]:
         """Trials around the smallest amount that keeps the bound on the metric."""
@@ -214,7 +220,7 @@ class Search:
         self, tried: Sequence[tuple[Trial, Amount]], feed: Feed, seconds: float
     ) -> list[tuple[Trial, Amount]]:
         """The same with how much faster each is than the input, in the form that is wanted, in one run."""
-        form = _quick_int8(self.recipe, self.task.parts, self.reference) or self.exact
+        form = self.quick_int8 or self.exact
         made = {"input": self.exact(self.task.model)}
         made |= {str(i): form(trial.model) for i, (trial, _) in enumerate(tried)}
         self.progress("how fast every amount is", 0, 1)
@@ -233,8 +239,7 @@ class Search:
 
     def _int8_score(self, model: ir.Model) -> float | None:
         """The score in int8 as it is quickly found; None where none is wanted."""
-        quick = _quick_int8(self.recipe, self.task.parts, self.reference)
-        made = None if quick is None else quick.nearest(model)
+        made = None if self.quick_int8 is None else self.quick_int8.nearest(model)
         return None if made is None else self.judge.score(made)
 
 

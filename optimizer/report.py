@@ -109,8 +109,7 @@ def best_amount(amounts: Sequence[Amount], objective: str) -> Amount:
         return min(able, key=lambda a: (a.bytes, a.budget))
     if any(a.speedup is None for a in able):
         return min(able, key=lambda a: a.budget)
-    size = {"balanced": 1}.get(objective, 0)
-    return min(able, key=lambda a: a.bytes**size / (a.speedup or 1))
+    return min(able, key=lambda a: (a.bytes if objective == "balanced" else 1) / (a.speedup or 1))
 
 
 @dataclass(frozen=True)
