@@ -43,6 +43,11 @@ class Labelled:
         """Every `step`-th image: labels that are sorted stay evenly spread."""
         return Labelled(self.images[::step], self.labels[::step], self.prepare)
 
+    def halves(self) -> tuple[Labelled, Labelled]:
+        """The images in even and in odd places."""
+        rest = Labelled(self.images[1:], self.labels[1:], self.prepare)
+        return self.every(2), rest.every(2)
+
 
 @dataclass(frozen=True)
 class Classifier:

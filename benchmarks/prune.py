@@ -13,8 +13,9 @@
 `--rivals-python`, or EDGEWISE_RIVALS, names the Python of an environment with torch-pruning, onnxsim and
 what edgewise's exporter needs: `pip install -c constraints.txt ".[torch]" torch-pruning onnxsim`. Without
 one there are edgewise's figures alone. Rivals get the same nets and the same samples. Nobody gets labels,
-but in row int8, whose bound is one on top-1. Names choose nets. What is found is written to `--json` as it
-comes; with `--resume` only what is missing there, or failed, is done. Ctrl-C shows what there is.
+but in row int8, whose bound is one on top-1: by half of the test images; the others judge.
+Names choose nets. What is found is written to `--json` as it comes; with `--resume` only what is missing
+there, or failed, is done. Ctrl-C shows what there is.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import prune_rival
-from corpus import Classifier
+from corpus import Classifier, Labelled
 from int8_jobs import Row, Setting
 from int8_nets import CALIBRATE, Net
 from prune_rival import Request
@@ -46,12 +46,13 @@ def ours(
     int8: bool = False,
     metric: str = "",
     whatever_it_costs: bool = False,
-    data: Samples | None = None,
+    validation: Samples | None = None,
     **by: Any,
 ) -> Made:
-    """What `edgewise prune` makes of a net by these options, from inputs without labels or from `data`.
+    """What `edgewise prune` makes of a net by these options, from inputs without labels.
 
-    In int8 it may cost as much of the metric as by default, or `whatever_it_costs`.
+    Some of them judge, or those for `validation`. In int8 it may cost as much of the metric as by default, or
+    `whatever_it_costs`.
     """
     out = setting.folder / f"{net.name}.{name}.onnx"
     recipe = Recipe(
@@ -62,8 +63,8 @@ def ours(
     )
     if whatever_it_costs:
         recipe = recipe.with_options(objective="size", max_drop=1.0)
-    given = samples(net, setting) if data is None else data
-    return attempted(out, lambda: prune(net.path, out, data=given, recipe=recipe, force=True))
+    given = {"data": samples(net, setting), "validation": validation}
+    return attempted(out, lambda: prune(net.path, out, **given, recipe=recipe, force=True))
 
 
 def in_int8(source: Path, net: Net, setting: Setting) -> Made:
@@ -75,21 +76,18 @@ def in_int8(source: Path, net: Net, setting: Setting) -> Made:
     )
 
 
-def int8_alone(net: Net, setting: Setting, data: Samples) -> Made:
+def int8_alone(net: Net, setting: Setting, validation: Samples) -> Made:
     """The fastest that `edgewise quantize` makes within a point of the metric."""
     out = setting.folder / f"{net.name}.int8-alone.onnx"
-    recipe = Recipe(threads=setting.threads)
-    return attempted(out, lambda: quantize(net.path, out, data=data, recipe=recipe, force=True))
+    recipe, given = Recipe(threads=setting.threads), {"data": samples(net, setting), "validation": validation}
+    return attempted(out, lambda: quantize(net.path, out, **given, recipe=recipe, force=True))
 
 
-def labelled(classifier: Classifier, setting: Setting) -> Samples:
-    """The images a classifier may be calibrated with, and their labels."""
-    found = classifier.calibration()
-    found = found.every(max(len(found) // setting.samples, 1))
+def labelled(images: Labelled, classifier: Classifier) -> Samples:
+    """Images and their labels, as edgewise takes them."""
     specs = input_specs(files.load(classifier.path))
-    images = np.concatenate(list(found))
-    labels = found.labels + classifier.first_class
-    return from_arrays({specs[0].name: images}, specs, labels=labels)
+    labels = images.labels + classifier.first_class
+    return from_arrays({specs[0].name: np.concatenate(list(images))}, specs, labels=labels)
 
 
 def attempted(out: Path, make: Callable[[], object]) -> Made:

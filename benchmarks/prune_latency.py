@@ -101,12 +101,16 @@ def latency_summary(rows: Sequence[Row]) -> list[str]:
 
 
 def together_rows(classifier: Classifier, net: Net, setting: Setting) -> list[Row]:
-    """Pruned and int8 at once beside int8 alone, of the same labelled images, and top-1 of all."""
-    data = labelled(classifier, setting)
-    pruned = ours(net, setting, "together", int8=True, data=data, effort=_EFFORT, trials=_TRIALS)
+    """Pruned and int8 at once beside int8 alone, of the same images, and top-1 of all.
+
+    One half of the test images holds edgewise to its bound, the other half judges here.
+    """
+    known, test = classifier.test().halves()
+    validation = labelled(known, classifier)
+    pruned = ours(net, setting, "together", int8=True, validation=validation, effort=_EFFORT, trials=_TRIALS)
     if pruned.failure:
         return [{"model": net.name, "file": _TOGETHER, "failure": pruned.failure}]
-    int8 = int8_alone(net, setting, data)
+    int8 = int8_alone(net, setting, validation)
     alone = net.path if int8.failure else int8.path
     report = raced(
         {_INT8: alone, _TOGETHER: pruned.path, "float": net.path},
@@ -117,7 +121,6 @@ def together_rows(classifier: Classifier, net: Net, setting: Setting) -> list[Ro
     (gain,) = (ratio for ratio in report.ratios if ratio.name == _TOGETHER)
     sizes = {found.name: found.file_bytes for found in report.models}
     times = {found.name: found.median_ms for found in report.models}
-    test = classifier.test()
     judges = Judges(list(test), test.labels, classifier.first_class)
     reference = judges.answers(net.path)
     found = line(_TOGETHER, judges.answers(pruned.path), reference, test.labels)

@@ -118,7 +118,7 @@ def make_candidates(start: Start, recipe: Recipe, given: Given, progress: Progre
     if recipe.prune is not None:
         made, parts = _pruned(start, made, recipe, given, reference, progress)
     if options is None:
-        return dataclasses.replace(made, judge=made.judge or _judge(start, start.samples, recipe))
+        return dataclasses.replace(made, judge=made.judge or _judge(start, start.judges, recipe))
     if options.format in FORMATS:
         return _converted(start, made, recipe, FORMATS[options.format], reference, progress)
     if start.samples is None and given.table is None and given.plan is None:
@@ -134,7 +134,7 @@ def _pruned(
         raise InputError("pruning needs samples, unlabelled ones will do: pass them with --data")
     options = recipe.prune or Prune()
     decides = recipe.quantize is not None or options.bounds_metric
-    parts = split_to_prune(start.samples, recipe.seed, decides=decides)
+    parts = split_to_prune(start.samples, recipe.seed, validation=start.validation, decides=decides)
     judge = _judge(start, parts.judge, recipe, options.min_metric)
     assert judge is not None
     found = find_pruned(
@@ -164,7 +164,7 @@ def _converted(
 ) -> Made:
     """With the model in a format that needs no samples; they judge it, where there are some."""
     progress(step.name, 0, 1)
-    judge = made.judge or _judge(start, start.samples, recipe)
+    judge = made.judge or _judge(start, start.judges, recipe)
     made = made.plus(step.name, run_step(made.best, step, reference, judge=judge))
     progress(step.name, 1, 1)
     told = (_NOT_JUDGED,) if judge is None else judge.notes
@@ -237,11 +237,11 @@ def _static(
         given.table.check(ready)
     chosen = None if given.plan is None else load_plan(given.plan, ready)
     if samples is None or chosen is not None:
-        judge = judge or _judge(start, samples, recipe)
+        judge = judge or _judge(start, start.judges, recipe)
         return judge, plan_only(ready, given.table, chosen, reference, judge, recipe)
     if parts is None:
-        parts = split(samples, options.samples, recipe.seed)
-        judge = _judge(start, parts.judge if given.table is None else samples, recipe)
+        parts = split(samples, options.samples, recipe.seed, start.validation)
+        judge = _judge(start, parts.judge if given.table is None else start.judges, recipe)
     else:
         parts = parts.at_most(options.samples)
     assert judge is not None

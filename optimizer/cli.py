@@ -108,6 +108,12 @@ Data = Annotated[
         help="Samples: an .npz, a folder of .npy, .npz or images, module:function, or random.",
     ),
 ]
+Validation = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA", help="Samples that only judge; without them some of --data are held back for that."
+    ),
+]
 Preprocessing = Annotated[
     str | None,
     typer.Option(
@@ -311,6 +317,7 @@ def optimize(
     model: Model,
     output: Output,
     data: Data = None,
+    validation: Validation = None,
     preprocess: Preprocessing = None,
     inputs: Inputs = None,
     fix_dims: FixDims = None,
@@ -367,6 +374,7 @@ def optimize(
             model,
             output,
             data=data,
+            validation=validation,
             inputs=inputs or (),
             recipe=options,
             report=report,
@@ -503,6 +511,7 @@ def quantize(
     model: OnnxFile,
     output: Output,
     data: Data = None,
+    validation: Validation = None,
     table: Annotated[Path | None, typer.Option(metavar="TABLE", help="A table that calibrate wrote.")] = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="PLAN", help="What plan wrote, perhaps edited.")
@@ -550,6 +559,7 @@ def quantize(
             model,
             output,
             data=data,
+            validation=validation,
             table=table,
             plan=plan,
             recipe=options,
@@ -565,6 +575,7 @@ def prune(
     model: OnnxFile,
     output: Output,
     data: Data = None,
+    validation: Validation = None,
     preprocess: Preprocessing = None,
     max_drop: Annotated[
         float | None,
@@ -681,7 +692,16 @@ def prune(
         int8=int8,
     )
     with progress_bars() as progress:
-        result = job(model, output, data=data, recipe=options, report=report, force=force, progress=progress)
+        result = job(
+            model,
+            output,
+            data=data,
+            validation=validation,
+            recipe=options,
+            report=report,
+            force=force,
+            progress=progress,
+        )
     _answer(result, json_file)
 
 
@@ -713,6 +733,7 @@ def distill(
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="The .onnx file that learns.")],
     output: Output,
     data: Data = None,
+    validation: Validation = None,
     preprocess: Preprocessing = None,
     epochs: Epochs = None,
     learning_rate: Rate = None,
@@ -756,6 +777,7 @@ def distill(
             student,
             output,
             data=data,
+            validation=validation,
             recipe=options,
             options=training,
             report=report,
@@ -770,6 +792,7 @@ def finetune(
     model: OnnxFile,
     output: Output,
     data: Data = None,
+    validation: Validation = None,
     preprocess: Preprocessing = None,
     replace_head: Annotated[
         int | None,
@@ -826,6 +849,7 @@ def finetune(
             model,
             output,
             data=data,
+            validation=validation,
             replace_head=replace_head,
             penalty=None if penalty is None else Penalty.parse(penalty),
             int8=int8,

@@ -68,16 +68,20 @@ class Split:
         return Split(self.calibrate.take(learn), self.choose.take(choose), self.judge)
 
 
-def split(samples: Samples, count: int, seed: int) -> Split:
-    """Draw `count` samples to learn from, a quarter of them to choose by; the rest judges, or all of few."""
+def split(samples: Samples, count: int, seed: int, validation: Samples | None = None) -> Split:
+    """Draw `count` samples to learn from, a quarter of them to choose by.
+
+    Those for validation judge; without any the rest does, or all of few.
+    """
     order = np.random.default_rng(seed).permutation(len(samples))
     known, rest = order[:count], np.sort(order[count:])
     back = min(len(known) // 4, _MOST_KEPT_BACK)
     kept, used = (known[:back], known[back:]) if back >= _FEWEST_KEPT_BACK else (known, known)
+    left = samples.take(rest) if len(rest) >= _FEWEST_JUDGES else samples
     return Split(
         calibrate=samples.take(np.sort(used)),
         choose=samples.take(np.sort(kept[:_MOST_KEPT_BACK])),
-        judge=samples.take(rest) if len(rest) >= _FEWEST_JUDGES else samples,
+        judge=left if validation is None else validation,
     )
 
 

@@ -141,6 +141,7 @@ def prune(
     output: ModelPath,
     *,
     data: str | Samples | None = None,
+    validation: str | Samples | None = None,
     recipe: Recipe | None = None,
     report: ModelPath | None = None,
     force: bool = False,
@@ -151,15 +152,17 @@ def prune(
     Without that section the channels leave that hold nothing but zeros, and the outputs stay the same up to
     rounding; this is checked on `data`, or on seeded inputs. The recipe's own chain of passes and its
     benchmark are not used then. With it, what is written is also measured and never slower, and static int8
-    follows where the recipe has it. Samples that nothing is learned from judge. An interrupted run keeps its
-    trials in `output` + ".trials.part", and the same call goes on from there. Raises `InputError` on input
-    that cannot be used, `EdgewiseError` where the bound cannot be kept or nothing can leave.
+    follows where the recipe has it. Samples that nothing is learned from judge: those for `validation`, or
+    some that are held back. An interrupted run keeps its trials in `output` + ".trials.part", and the same
+    call goes on from there. Raises `InputError` on input that cannot be used, `EdgewiseError` where the bound
+    cannot be kept or nothing can leave.
     """
     if recipe is not None and recipe.prune is not None:
         return run_job(
             model,
             Path(output),
             data=data,
+            validation=validation,
             recipe=recipe,
             given=Given(pruned=True),
             report=report,
@@ -252,6 +255,7 @@ def quantize(
     output: ModelPath,
     *,
     data: str | Samples | None = None,
+    validation: str | Samples | None = None,
     table: ModelPath | None = None,
     plan: ModelPath | None = None,
     recipe: Recipe | None = None,
@@ -261,11 +265,11 @@ def quantize(
 ) -> Report:
     """Write the fastest form of `model` that keeps the bound, in static int8 as far as that pays.
 
-    The ranges come from `table`, which `calibrate` wrote, or from `data`; samples that do not calibrate
-    judge. A `plan` says what becomes of every node and value. Where nothing wins, the model is written in
-    float, and the report says why. An interrupted run leaves its table in `output` + ".table.part", and the
-    same call goes on from there. Raises `InputError` on input that cannot be used, `EdgewiseError` if
-    nothing in the model can be int8.
+    The ranges come from `table`, which `calibrate` wrote, or from `data`; those for `validation` judge, or
+    samples that do not calibrate. A `plan` says what becomes of every node and value. Where nothing wins, the
+    model is written in float, and the report says why. An interrupted run leaves its table in `output` +
+    ".table.part", and the same call goes on from there. Raises `InputError` on input that cannot be used,
+    `EdgewiseError` if nothing in the model can be int8.
     """
     recipe = recipe or Recipe()
     recipe = recipe.model_copy(update={"quantize": recipe.quantize or Quantize()})
@@ -278,6 +282,7 @@ def quantize(
         model,
         Path(output),
         data=data,
+        validation=validation,
         recipe=recipe,
         given=given,
         report=report,

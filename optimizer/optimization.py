@@ -47,6 +47,7 @@ def optimize(
     output: str | os.PathLike[str],
     *,
     data: str | Samples | None = None,
+    validation: str | Samples | None = None,
     inputs: Sequence[str] = (),
     recipe: Recipe | None = None,
     report: str | os.PathLike[str] | None = None,
@@ -56,13 +57,15 @@ def optimize(
     """Write the fastest and smallest model that still does the job of `model`, and say how it was found.
 
     `model` is an .onnx file or `package.module:callable` of a torch module, then with `inputs` such as
-    `x=1x3x224x224`. Without `data` only exact passes run. The result is measured against the input on
+    `x=1x3x224x224`. Without `data` only exact passes run; samples for `validation`, if given, do nothing but
+    judge. The result is measured against the input on
     the recipe's target and is never slower. Raises `InputError` on input that cannot be used.
     """
     return run_job(
         model,
         Path(output),
         data=data,
+        validation=validation,
         inputs=inputs,
         recipe=recipe or Recipe(),
         given=Given(),
@@ -77,6 +80,7 @@ def run_job(
     output: Path,
     *,
     data: str | Samples | None,
+    validation: str | Samples | None = None,
     inputs: Sequence[str] = (),
     recipe: Recipe,
     given: Given,
@@ -94,7 +98,7 @@ def run_job(
         np.errstate(all="ignore"),  # what overflows is judged like all else
     ):
         scratch, given = Path(folder), dataclasses.replace(given, kept=kept, trials=trials)
-        start = begin(as_file(model, inputs, scratch, seed=recipe.seed), data, recipe)
+        start = begin(as_file(model, inputs, scratch, seed=recipe.seed), data, recipe, validation)
         if report is not None:
             files.make_folder(Path(report))
         made, recipe = _make_none_slower(start, recipe, given, scratch, progress)

@@ -255,10 +255,13 @@ def _distinct(plans: Mapping[float, PrunePlan], known: Sequence[PrunePlan]) -> l
     return [b for i, b in enumerate(told) if plans[b] not in (*known, *(plans[other] for other in told[:i]))]
 
 
-def split_to_prune(samples: Samples, seed: int, *, decides: bool = True) -> Split:
+def split_to_prune(
+    samples: Samples, seed: int, *, validation: Samples | None = None, decides: bool = True
+) -> Split:
     """Samples to learn from, to stop learning by, and to judge by, drawn at random and apart.
 
-    Where the judgement `decides` nothing, few judge. Raises `EdgewiseError` where there are too few.
+    Those for validation judge; without any some are held back for it, and few where the judgement `decides`
+    nothing. Raises `EdgewiseError` where there are too few.
     """
     count = len(samples)
     if count < _FEWEST:
@@ -268,9 +271,12 @@ def split_to_prune(samples: Samples, seed: int, *, decides: bool = True) -> Spli
         )
     chooses = min(count // 16, _MOST_CHOOSING)
     judges = min(count // 6, _MOST_JUDGES if decides else max(chooses, _FEW_JUDGES))
+    if validation is not None:
+        judges = 0
     order = np.random.default_rng(seed).permutation(count)
     judge, choose, learn = np.split(order, [judges, judges + chooses])
-    return Split(*(samples.take(np.sort(part)) for part in (learn, choose, judge)))
+    held = Split(*(samples.take(np.sort(part)) for part in (learn, choose, judge)))
+    return held if validation is None else dataclasses.replace(held, judge=validation)
 
 
 def find_pruned(

@@ -17,6 +17,7 @@ from edgewise.optimizer import files
 from edgewise.optimizer.candidates import Given
 from edgewise.optimizer.choice import INPUT, choose
 from edgewise.optimizer.inputs import check_inputs
+from edgewise.optimizer.int8 import Split
 from edgewise.optimizer.judge import Judge
 from edgewise.optimizer.optimization import (
     check_targets,
@@ -55,6 +56,7 @@ def distill(
     output: ModelPath,
     *,
     data: str | Samples | None,
+    validation: str | Samples | None = None,
     recipe: Recipe | None = None,
     options: TrainOptions | None = None,
     report: ModelPath | None = None,
@@ -73,9 +75,9 @@ def distill(
     recipe, options, output = recipe or Recipe(), options or TrainOptions(), Path(output)
     for source in (student, teacher):
         check_targets(output, recipe, Path(source), force=force)
-    start, model = begin(Path(student), data, recipe), files.load(teacher)
+    start, model = begin(Path(student), data, recipe, validation), files.load(teacher)
     check_inputs(start.adapted.model, model, Path(teacher))
-    parts = split_to_prune(_samples(start), recipe.seed)
+    parts = split_to_prune(_samples(start), recipe.seed, validation=start.validation)
     _check_outputs(model, start, recipe)
     judge = Judge(model, parts.judge, recipe.metric, recipe.max_drop, recipe.threads)
     ready, expected = (_prepared(m, start, recipe) for m in (start.adapted.model, model))
@@ -106,6 +108,7 @@ def finetune(
     output: ModelPath,
     *,
     data: str | Samples | None,
+    validation: str | Samples | None = None,
     replace_head: int | None = None,
     penalty: Penalty | None = None,
     int8: bool = False,
@@ -128,10 +131,11 @@ def finetune(
     recipe = recipe.model_copy(update={"quantize": _healing(recipe) if int8 else None})
     with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
         source, history, samples = Path(model), None, data
-        start = begin(source, data, recipe)
+        start = begin(source, data, recipe, validation)
         if _samples(start).labels is not None:
             ready = _headed(_prepared(start.adapted.model, start, recipe), replace_head, recipe.seed)
-            trained, history = _on_labels(ready, _samples(start), recipe, options, penalty, progress)
+            parts = split_to_prune(_samples(start), recipe.seed, validation=start.validation)
+            trained, history = _on_labels(ready, parts, recipe, options, penalty, progress)
             source = files.save(trained, Path(folder) / f"{Path(model).stem}.trained.onnx")
         elif replace_head is not None or penalty is not None or not int8:
             raise InputError(_NO_LABELS)
@@ -141,6 +145,7 @@ def finetune(
             source,
             Path(output),
             data=samples,
+            validation=validation,
             recipe=recipe,
             given=Given(int8=int8, history=history),
             report=report,
@@ -190,19 +195,19 @@ def _headed(model: ir.Model, classes: int | None, seed: int) -> ir.Model:
 
 def _on_labels(
     model: ir.Model,
-    samples: Samples,
+    parts: Split,
     recipe: Recipe,
     options: TrainOptions,
     penalty: Penalty | None,
     progress: Progress,
 ) -> tuple[ir.Model, History]:
-    """The model after training on three quarters of the samples; the others tell when to stop."""
+    """The model after training on what the parts hold to learn from; a few others tell when to stop."""
     from edgewise.training.distillation import finetune as learn  # brings torch, which takes a second
     from edgewise.training.graph_module import GraphModule
     from edgewise.training.penalties import Shrinking
     from edgewise.training.trainer import trainable
 
-    parts, module = split_to_prune(samples, recipe.seed), GraphModule(model)
+    module = GraphModule(model)
     Judge(model, parts.choose, recipe.metric, recipe.max_drop, recipe.threads)  # a bad metric fails now
     _check_names(model, options)
     weights = trainable(model, options.freeze)

@@ -75,6 +75,12 @@ def test_samples_that_choose_and_judge_did_not_calibrate(samples: Samples) -> No
     assert len(set(seen)) == len(samples)
 
 
+def test_those_for_validation_judge(samples: Samples) -> None:
+    parts = split(samples.take(range(64)), 64, 0, samples.take(range(64, 96)))
+    assert [len(parts.calibrate), len(parts.choose)] == [48, 16]
+    assert [feed["x"].tobytes() for feed in parts.judge] == [samples[i]["x"].tobytes() for i in range(64, 96)]
+
+
 def test_few_samples_do_everything(samples: Samples) -> None:
     parts = split(samples.take(range(12)), 64, 0)
     assert len(parts.calibrate) == len(parts.choose) == len(parts.judge) == 12

@@ -242,6 +242,35 @@ def test_parts_are_apart_and_all_there() -> None:
     assert sorted(seen) == list(range(100))
 
 
+def test_those_for_validation_judge_and_all_others_teach() -> None:
+    specs = (TensorSpec("x", np.dtype(np.float32), ("N", 1)),)
+    samples, judges = (
+        from_arrays({"x": np.arange(start, start + 100, dtype=np.float32)[:, None]}, specs)
+        for start in (0, 100)
+    )
+    parts = split_to_prune(samples, seed=0, validation=judges)
+    assert sorted(feed["x"].item() for part in (parts.calibrate, parts.choose) for feed in part) == list(
+        range(100)
+    )
+    assert [feed["x"].item() for feed in parts.judge] == list(range(100, 200))
+
+
+def test_labels_of_those_that_judge_are_enough(digits: Path, tmp_path: Path) -> None:
+    images, labels = load_digits().test_images[:50], load_digits().test_labels[:50]
+    np.savez(tmp_path / "judges.npz", image=images, labels=labels)
+    recipe = Recipe(benchmark=None, threads=1, prune=Prune(max_macs=0.7, recover="closed-form"))
+    recipe = recipe.with_options(quantize={"search": False})
+    report = prune(
+        digits / "net.onnx",
+        tmp_path / "out.onnx",
+        data=str(digits / "few.npz"),
+        validation=str(tmp_path / "judges.npz"),
+        recipe=recipe,
+    )
+    assert report.score is not None
+    assert (report.score.metric, report.score.samples) == ("top1", 50)
+
+
 def test_few_judge_where_that_decides_nothing() -> None:
     specs = (TensorSpec("x", np.dtype(np.float32), ("N", 1)),)
     samples = from_arrays({"x": np.arange(2000, dtype=np.float32)[:, None]}, specs)
