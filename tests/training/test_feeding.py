@@ -71,6 +71,25 @@ def test_a_step_in_parts_is_a_step_of_all() -> None:
     np.testing.assert_allclose(apart, runner(module)(whole)["y"], atol=1e-5)
 
 
+@pytest.mark.parametrize(("to", "runs_together"), [([1, 48], True), ([3, 16], True), ([1, 1, 48], True)])
+def test_a_batch_of_one_that_is_written_into_a_graph_is_opened(to: list[int], runs_together: bool) -> None:
+    text = "g (float[1, 3, 4, 4] x) => (float[a, b] y) { r = Reshape(x, to) y = Relu(r) }"
+    module = GraphModule(build(text, 17, to=np.array(to)))
+    specs = (TensorSpec("x", np.dtype(np.float32), (1, 3, 4, 4)),)
+    samples = from_arrays({"x": normal(6, 1, 3, 4, 4)}, specs)
+    found, _ = stacks(samples, samples, OPTIONS, module)
+    assert (found.at_once > 1) == runs_together
+
+
+def test_rows_that_are_mixed_run_alone() -> None:
+    """The mean over all rows is another one where there are two."""
+    text = "g (float[1, 3] x) => (float[1, 3] y) { m = ReduceMean<keepdims = 1>(x) y = Sub(x, m) }"
+    specs = (TensorSpec("x", np.dtype(np.float32), (1, 3)),)
+    samples = from_arrays({"x": normal(6, 1, 3)}, specs)
+    found, _ = stacks(samples, samples, OPTIONS, GraphModule(build(text, 17)))
+    assert found.at_once == 1
+
+
 def test_little_memory_trains_as_well() -> None:
     teacher = classifier()
     student = disturbed(teacher, 0.5)

@@ -21,7 +21,14 @@ def reshape(call: Call) -> Tensor:
     data, shape = call.input(0), call.ints("shape", 1) or ()
     if not call.attr("allowzero", 0):
         shape = tuple(data.shape[i] if d == 0 else d for i, d in enumerate(shape))
-    return data.reshape(shape)
+    return data.reshape(_with_more_rows(shape, data.numel()))
+
+
+def _with_more_rows(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The shape for a batch of more rows than it was written for: exporters leave their own size in it."""
+    written = math.prod(shape)
+    has_more = len(shape) > 1 and min(shape) > 0 and size > written and size % written == 0
+    return (size // written * shape[0], *shape[1:]) if has_more else shape
 
 
 def transpose(call: Call) -> Tensor:
