@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -19,8 +19,10 @@ from edgewise.optimizer.pipeline import Progress, StepReport, no_progress
 from edgewise.optimizer.pricing import ByMacs, Pricing, price
 from edgewise.optimizer.recipe import Prune
 from edgewise.optimizer.yardstick import Yardstick
+from edgewise.passes.branches import branches_of
 from edgewise.passes.channel_links import Indices
 from edgewise.passes.remove_channels import PrunePlan, RemoveChannels, survivors
+from edgewise.runtime.errors import EdgewiseError
 from edgewise.training.importance import Scores, score
 from edgewise.training.options import DivergedError, Epoch, History, TrainOptions
 from edgewise.training.refit import recover_closed_form, reestimate
@@ -36,6 +38,7 @@ _MOST_EPOCHS = 60
 _BACKWARD = 3  # a step forward and back takes as long as three forward
 
 Kept = Mapping[tuple[str, int], Indices]
+Plans = tuple[PrunePlan, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +92,25 @@ def scored(model: ir.Model, task_samples: Samples, options: Prune, seed: int, th
     return score(model, options.score, few, seed=seed, threads=threads, memory=options.memory)
 
 
-def planned(task: Task, model: ir.Model, scores: Scores, budget: float) -> PrunePlan:
-    """What leaves, for a share of the cost or, with a ratio, of the channels."""
+def planned(task: Task, model: ir.Model, scores: Scores, budget: float) -> Plans:
+    """What may leave, for a share of the cost or, with a ratio, of the channels.
+
+    Where branches would leave, channels alone are another way there: what a whole branch takes along is too
+    much for gradients to foresee, so both ways are gone.
+    """
     if task.options.ratio is not None:
-        return uniform(model, scores, 1 - budget)
+        return (uniform(model, scores, 1 - budget),)
     widest = max((len(worth) for worth in scores.values()), default=0)
-    multiple = _ROUND if widest >= _WIDE else _FINE
-    return select(model, scores, task.pricing(model), budget, multiple=multiple)
+    cost, multiple = task.pricing(model), _ROUND if widest >= _WIDE else _FINE
+    plan = select(model, scores, cost, budget, multiple=multiple)
+    if not plan.branches:
+        return (plan,)
+    branches = {branch.name for branch in branches_of(model.graph)}
+    channels = {name: worth for name, worth in scores.items() if name not in branches}
+    try:
+        return plan, select(model, channels, cost, budget, multiple=multiple)
+    except EdgewiseError:  # channels alone do not get there
+        return (plan,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,14 +140,23 @@ class _Step:
         self.progress("choose channels", 0, 1)
         first = before.model is task.model
         scores = task.scores if first else self._scores()
-        plan = planned(task, before.model, scores, min(left / self._left(), 1.0))
-        cut = RemoveChannels(plan).on(before.model)
+        plans = planned(task, before.model, scores, min(left / self._left(), 1.0))
+        now = self._nearest([self._cut(plan, left, start) for plan in plans])
+        return self._distilled(now) if task.options.recover == "distill" else now
+
+    def _cut(self, plan: PrunePlan, left: float, start: float) -> _State:
+        """The state without what the plan takes, and refitted where that is wanted."""
+        task, before, cut = self.task, self.before, RemoveChannels(plan).on(self.before.model)
         share = price(cut, task.macs) / price(task.model, task.macs)
         done = report(RemoveChannels(plan).label, len(plan), True, f"{share:.1%} of the MACs left", start)
         now = _State(cut, self._kept(plan), left, (*before.steps, done), before.history)
-        if task.options.recover != "none":
-            now = self._refitted(now, plan)
-        return self._distilled(now) if task.options.recover == "distill" else now
+        return now if task.options.recover == "none" else self._refitted(now, plan)
+
+    def _nearest(self, states: Sequence[_State]) -> _State:
+        """The one that is nearest to the task's model."""
+        if len(states) == 1:
+            return states[0]
+        return max(states, key=lambda state: self.yardstick.decibels(state.model))
 
     def _left(self) -> float:
         """What is left before this cut; of a cost that may be less than the last cut was to leave."""

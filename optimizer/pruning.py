@@ -7,7 +7,6 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +29,13 @@ from edgewise.optimizer.pricing import (
     price,
     shapes_of,
 )
-from edgewise.optimizer.prune_trial import Task, Trial, planned, scored, try_out, work
+from edgewise.optimizer.prune_trial import Plans, Task, Trial, planned, scored, try_out, work
 from edgewise.optimizer.quick_int8 import QuickInt8
 from edgewise.optimizer.recipe import Prune, Recipe
 from edgewise.optimizer.report import Amount, best_amount
 from edgewise.optimizer.width_probe import Bench
 from edgewise.passes import parse
-from edgewise.passes.remove_channels import PrunePlan, RemoveChannels
+from edgewise.passes.remove_channels import RemoveChannels
 from edgewise.runtime.conditions import Conditions
 from edgewise.runtime.errors import EdgewiseError
 from edgewise.runtime.evaluate import Feed
@@ -91,26 +90,25 @@ Cost = Callable[[ir.Model], float]
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """What the search for the right amount stands on. Trials that are done are kept in the task's folder."""
+    """What the search for the right amount stands on. Trials that are done are kept in the task's folder.
+
+    `int8` makes quick int8 forms, where int8 is wanted and pays.
+    """
 
     task: Task
     judge: Judge
     recipe: Recipe
     reference: Reference
     progress: Progress
+    int8: QuickInt8 | None = None
 
     @property
     def options(self) -> Prune:
         return self.task.options
 
-    @cached_property
-    def quick_int8(self) -> QuickInt8 | None:
-        """What makes int8 forms where int8 is wanted."""
-        return _quick_int8(self.recipe, self.task.parts, self.reference)
-
     def for_metric(self) -> list[tuple[Trial, Amount]]:
         """Trials around the smallest amount that keeps the bound on the metric."""
-        done: list[tuple[PrunePlan, Trial, Amount]] = []
+        done: list[tuple[Plans, Trial, Amount]] = []
         amounts: list[Amount] = []
         least, why, at_once = 0.0, "", self.options.workers or 1
         while len(done) < self.options.trials:
@@ -119,7 +117,7 @@ class Search:
             if failed and passed / failed < _CLOSE:
                 break
             step = (passed / (failed or passed * _FIRST**2)) ** (1 / (at_once + 1))
-            plans: dict[float, PrunePlan] = {}
+            plans: dict[float, Plans] = {}
             for budget in (passed / step ** (i + 1) for i in range(at_once)):
                 try:
                     plans[budget] = self._planned(budget)
@@ -154,7 +152,7 @@ class Search:
             self.progress("how much has to leave", number, _STEPS)
             guess = (max(low, least) + high) / 2
             try:
-                found = cost(self._cut(budget))
+                found = max(map(cost, self._cuts(budget)))
             except EdgewiseError as error:  # so few channels cannot stay
                 least, why, guess = budget, str(error), (budget + high) / 2
             else:
@@ -171,11 +169,11 @@ class Search:
             )
         return (low or high), bool(low)
 
-    def _planned(self, budget: float) -> PrunePlan:
+    def _planned(self, budget: float) -> Plans:
         return planned(self.task, self.task.model, self.task.scores, budget)
 
-    def _cut(self, budget: float) -> ir.Model:
-        return RemoveChannels(self._planned(budget)).on(self.task.model)
+    def _cuts(self, budget: float) -> list[ir.Model]:
+        return [RemoveChannels(plan).on(self.task.model) for plan in self._planned(budget)]
 
     def tried(self, budgets: Sequence[float]) -> list[tuple[Trial, Amount]]:
         """One trial a budget, several at once where there are workers; those done before are read."""
@@ -220,14 +218,11 @@ class Search:
         self, tried: Sequence[tuple[Trial, Amount]], feed: Feed, seconds: float
     ) -> list[tuple[Trial, Amount]]:
         """The same with how much faster each is than the input, in the form that is wanted, in one run."""
-        form = self.quick_int8 or self.exact
+        form = self.int8 or self.exact
         made = {"input": self.exact(self.task.model)}
         made |= {str(i): form(trial.model) for i, (trial, _) in enumerate(tried)}
         self.progress("how fast every amount is", 0, 1)
-        with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
-            paths = {name: files.save(model, Path(folder) / f"{name}.onnx") for name, model in made.items()}
-            found = measure(paths, feed=feed, conditions=_conditions(self.recipe), max_seconds=seconds)
-        speedup = {ratio.name: ratio.speedup for ratio in found.ratios}
+        speedup = _speedups(made, feed, self.recipe, seconds)
         return [
             (trial, dataclasses.replace(amount, speedup=speedup.get(str(i))))
             for i, (trial, amount) in enumerate(tried)
@@ -235,21 +230,42 @@ class Search:
 
     def exact(self, model: ir.Model) -> ir.Model:
         """The model after the recipe's exact passes, held to its own outputs."""
-        return run_passes(model, self.recipe.chain, Reference(model, self.reference.feeds))[0]
+        return _exact(model, self.recipe, self.reference)
 
     def _int8_score(self, model: ir.Model) -> float | None:
         """The score in int8 as it is quickly found; None where none is wanted."""
-        made = None if self.quick_int8 is None else self.quick_int8.nearest(model)
+        made = None if self.int8 is None else self.int8.nearest(model)
         return None if made is None else self.judge.score(made)
 
 
-def _quick_int8(recipe: Recipe, parts: Split, reference: Reference) -> QuickInt8 | None:
-    """What makes int8 forms where the recipe wants int8."""
-    options = recipe.quantize
-    return None if options is None else QuickInt8(options, recipe, parts, reference.feeds)
+def _quick_int8(
+    model: ir.Model, feed: Feed, recipe: Recipe, parts: Split, reference: Reference
+) -> QuickInt8 | None:
+    """What makes int8 forms, where the recipe wants int8; None also where time counts and int8 takes more."""
+    if recipe.quantize is None:
+        return None
+    form = QuickInt8(recipe.quantize, recipe, parts, reference.feeds)
+    if _counted(recipe) != "latency":
+        return form
+    both = {"float": _exact(model, recipe, reference), "int8": form(model)}
+    return form if _speedups(both, feed, recipe, _SECONDS).get("int8", 0.0) > 1 else None
 
 
-def _distinct(plans: Mapping[float, PrunePlan], known: Sequence[PrunePlan]) -> list[float]:
+def _exact(model: ir.Model, recipe: Recipe, reference: Reference) -> ir.Model:
+    return run_passes(model, recipe.chain, Reference(model, reference.feeds))[0]
+
+
+def _speedups(
+    models: Mapping[str, ir.Model], feed: Feed, recipe: Recipe, seconds: float
+) -> Mapping[str, float]:
+    """How much faster than the first each of the others is that runs, in one paired run."""
+    with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
+        paths = {name: files.save(model, Path(folder) / f"{name}.onnx") for name, model in models.items()}
+        found = measure(paths, feed=feed, conditions=_conditions(recipe), max_seconds=seconds)
+    return {ratio.name: ratio.speedup for ratio in found.ratios}
+
+
+def _distinct(plans: Mapping[float, Plans], known: Sequence[Plans]) -> list[float]:
     """The budgets of plans that are not known, one for each plan."""
     told = list(plans)
     return [b for i, b in enumerate(told) if plans[b] not in (*known, *(plans[other] for other in told[:i]))]
@@ -311,11 +327,12 @@ def find_pruned(
     feed = next(iter(parts.calibrate))
     macs = ByMacs(shapes_of(feed))
     progress("what every channel costs", 0, 1)
-    pricing = _pricing(recipe, feed, ready, _quick_int8(recipe, parts, reference))
+    int8 = _quick_int8(ready, feed, recipe, parts, reference)
+    pricing = _pricing(recipe, feed, ready, int8)
     task = Task(ready, parts, scores, pricing, macs, options, recipe.seed, recipe.threads)
     if folder is not None:
         task = dataclasses.replace(task, folder=_folder(task, recipe, folder))
-    search = Search(task, judge, recipe, reference, progress)
+    search = Search(task, judge, recipe, reference, progress, int8)
     if options.bounds_metric:
         tried = search.for_metric()
     elif options.ratio is not None:

@@ -13,18 +13,21 @@ import pytest
 
 pytest.importorskip("torch", reason="a trial may distil")
 
+from rewrites import build, normal
 from small_nets import classifier, constants, disturbed, images
 
+from edgewise.calibration.data import from_arrays
 from edgewise.optimizer import prune_trial
 from edgewise.optimizer.parallel import pack, unpack
 from edgewise.optimizer.pricing import ByMacs, price, shapes_of
 from edgewise.optimizer.prune_trial import Task, Trial, planned, scored, try_out, work
 from edgewise.optimizer.pruning import split_to_prune
 from edgewise.optimizer.recipe import Prune
+from edgewise.passes.branches import branches_of
 from edgewise.passes.infer_shapes import shapes_on
 from edgewise.passes.remove_channels import PrunePlan, RemoveChannels
 from edgewise.runtime.errors import EdgewiseError
-from edgewise.runtime.evaluate import Evaluator
+from edgewise.runtime.evaluate import Evaluator, TensorSpec
 from edgewise.training import distillation
 from edgewise.training.options import DivergedError, Epoch, History, Trained, TrainOptions
 
@@ -276,7 +279,7 @@ def test_a_budget_that_cannot_be_reached_is_named() -> None:
 def test_a_plan_is_of_the_scores() -> None:
     """Among channels that cost the same those of least score leave."""
     task = make_task()
-    plan = planned(task, task.model, task.scores, 0.5)
+    (plan,) = planned(task, task.model, task.scores, 0.5)
     assert len(plan) > 0
     for name, leaving in plan.leaving.items():
         scores = task.scores[name]
@@ -287,7 +290,39 @@ def test_a_plan_is_of_the_scores() -> None:
 @pytest.mark.parametrize("budget", [0.35, 0.5, 0.8])
 def test_the_wider_the_layers_the_rounder_their_widths(width: int, multiple: int, budget: float) -> None:
     task = make_task(width)
-    plan = planned(task, task.model, task.scores, budget)
+    (plan,) = planned(task, task.model, task.scores, budget)
     left = [len(task.scores[name]) - len(channels) for name, channels in plan.leaving.items()]
     assert left
     assert all(count % multiple == 0 for count in left)
+
+
+RESIDUAL = """
+    g (float[N, 8, 8, 8] x) => (float[N, 8, 8, 8] y)
+    {
+        f = Conv <pads = [1, 1, 1, 1]> (x, w1)
+        s = Add (x, f)
+        c = Conv <pads = [1, 1, 1, 1]> (s, w2)
+        r = Relu (c)
+        y = Conv <pads = [1, 1, 1, 1]> (r, w3)
+    }"""
+
+
+@pytest.mark.parametrize("recover", ["none", "closed-form"])
+@pytest.mark.parametrize(("strength", "branches"), [(3.0, 0), (1e-4, 1)])
+def test_a_branch_leaves_only_where_it_is_less_than_what_channels_cost(
+    strength: float, branches: int, recover: str
+) -> None:
+    """Whatever its score says: nothing is lost by it here, and much by any channel."""
+    weights = {f"w{i}": normal(8, 8, 3, 3, seed=i) for i in (1, 2, 3)}
+    model = build(RESIDUAL, 17, **{**weights, "w1": np.float32(strength) * weights["w1"]})
+    specs = (TensorSpec("x", np.dtype(np.float32), ("N", 8, 8, 8)),)
+    samples = from_arrays({"x": normal(96, 8, 8, 8)}, specs)
+    parts, macs = split_to_prune(samples, 0), ByMacs(shapes_of(samples[0]))
+    options = Prune.model_validate({"score": "fisher", "recover": recover})
+    found = scored(model, parts.calibrate, options, 0, 1)
+    (branch,) = (one.name for one in branches_of(model.graph))
+    scores = {**{name: worth + 1 for name, worth in found.items()}, branch: np.zeros(1)}
+    task = Task(model, parts, scores, macs, macs, options, threads=1)
+    assert [len(plan.branches) for plan in planned(task, model, scores, 0.67)] == [1, 0]
+    trial = try_out(task, 0.67)
+    assert sum(node.op_type == "Add" for node in trial.model.graph) == 1 - branches
