@@ -19,6 +19,7 @@ from zeroed import parameters
 
 from edgewise.calibration.data import Samples, from_arrays
 from edgewise.optimizer import files, prune, quantize
+from edgewise.optimizer.choice import Objective
 from edgewise.optimizer.inspection import count_macs
 from edgewise.optimizer.recipe import Prune, Quantize, Recipe
 from edgewise.runtime.errors import EdgewiseError
@@ -46,6 +47,7 @@ def ours(
     int8: bool = False,
     metric: str = "",
     whatever_it_costs: bool = False,
+    objective: Objective = "latency",
     validation: Samples | None = None,
     **by: Any,
 ) -> Made:
@@ -59,6 +61,7 @@ def ours(
         prune=Prune(**by),
         quantize=Quantize() if int8 else None,
         metric=metric or None,
+        objective=objective,
         threads=setting.threads,
     )
     if whatever_it_costs:

@@ -608,7 +608,7 @@ def prune(
         str | None,
         typer.Option(
             metavar="COST",
-            help="What a channel saves: latency, macs or size; by default what the bound is about.",
+            help="What a channel saves: latency, macs, size or balanced; by default what the bound is about.",
         ),
     ] = None,
     recover: Annotated[

@@ -12,7 +12,7 @@ from edgewise.passes.channels import ChannelGraph
 from edgewise.passes.graph import opset
 from edgewise.passes.infer_shapes import shapes_on
 from edgewise.runtime.evaluate import Feed
-from edgewise.training.costs import Cost, FileBytes, Macs, Parameters
+from edgewise.training.costs import Cost, FileBytes, Macs, Parameters, Shares
 from edgewise.training.selection import Bill
 
 Pricing = Callable[[ir.Model], Cost]
@@ -45,6 +45,16 @@ class ByParameters:
 
     def __call__(self, _: ir.Model) -> Cost:
         return Parameters()
+
+
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """Several costs, each in shares of what the whole model has of it."""
+
+    pricings: tuple[Pricing, ...]
+
+    def __call__(self, model: ir.Model) -> Cost:
+        return Shares(tuple(pricing(model) for pricing in self.pricings))
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from edgewise.optimizer.judge import Judge
 from edgewise.optimizer.parallel import pack, unpack, workers_for
 from edgewise.optimizer.pipeline import Progress, Reference, StepReport, run_passes
 from edgewise.optimizer.pricing import (
+    Alike,
     ByBytes,
     ByMacs,
     ByParameters,
@@ -364,15 +365,17 @@ def _folder(task: Task, recipe: Recipe, root: Path) -> Path:
 
 def _pricing(recipe: Recipe, feed: Feed, model: ir.Model, int8: QuickInt8 | None) -> Pricing:
     """What a budget is a share of: what counts to whom the model is for."""
-    options = recipe.prune or Prune()
+    options, size = recipe.prune or Prune(), ByBytes(None if int8 is None else 1.0)
     if _counted(recipe) == "size":
-        return ByBytes(None if int8 is None else 1.0)
+        return size
     if _counted(recipe) == "macs":
         return ByMacs(shapes_of(feed))
     bench = Bench(provider=recipe.target, threads=recipe.threads)
     if int8 is not None:
         bench = dataclasses.replace(bench, int8=True, form=int8)
-    by_time = ByTime(feed, bench)
+    by_time: Pricing = ByTime(feed, bench)
+    if _counted(recipe) == "balanced":
+        by_time = Alike((by_time, size))
     return Priced(by_time(model)) if options.schedule == 1 else by_time
 
 
@@ -384,7 +387,9 @@ def _counted(recipe: Recipe) -> str:
     if recipe.objective == "size" or options.max_size is not None:
         return "size"
     by_macs = recipe.benchmark is None or options.max_macs is not None or options.ratio is not None
-    return "macs" if by_macs else "latency"
+    if by_macs:
+        return "macs"
+    return "balanced" if recipe.objective == "balanced" else "latency"
 
 
 def _limit(search: Search, feed: Feed) -> tuple[Cost, float]:

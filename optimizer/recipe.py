@@ -118,7 +118,7 @@ class Prune(_Frozen):
     """
 
     score: Importance = "fisher"
-    cost: Literal["latency", "macs", "size"] | None = None
+    cost: Literal["latency", "macs", "size", "balanced"] | None = None
     min_metric: float | None = None
     max_latency: float | None = Field(default=None, gt=0)
     max_macs: float | None = Field(default=None, gt=0, le=1)

@@ -204,6 +204,28 @@ class FileBytes:
         return 0.0 if dtype is None or dtype == ir.DataType.STRING else dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Several costs that count alike: each in shares of what the whole graph has of it."""
+
+    costs: tuple[Cost, ...]
+
+    @property
+    def unit(self) -> str:
+        return " and ".join(cost.unit for cost in self.costs)
+
+    def parts(self, graph: ChannelGraph) -> Iterator[Part]:
+        for cost in self.costs:
+            parts = tuple(cost.parts(graph))
+            whole = sum(part.cost(tuple(map(full_width, part.slots))) for part in parts)
+            for part in parts if whole > 0 else ():
+                yield replace(part, cost=partial(_share, part.cost, whole))
+
+
+def _share(cost: Callable[[tuple[int, ...]], float], whole: float, widths: tuple[int, ...]) -> float:
+    return cost(widths) / whole
+
+
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 

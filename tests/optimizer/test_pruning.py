@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="pruning with distillation needs torch")
 
 from edgewise.calibration.data import from_arrays
 from edgewise.models.digits import load_digits, load_digits_net
-from edgewise.optimizer import files, prune
+from edgewise.optimizer import files, prune, pruning
 from edgewise.optimizer.pipeline import no_progress
 from edgewise.optimizer.pruning import split_to_prune
 from edgewise.optimizer.recipe import Benchmark, Prune, Recipe
@@ -85,6 +85,24 @@ def test_every_amount_is_timed_where_time_counts(digits: Path, tmp_path: Path) -
     )  # fmt: skip
     assert len(report.amounts) == 2
     assert all(a.speedup is not None and a.speedup > 0 for a in report.amounts)
+
+
+@pytest.mark.parametrize(
+    ("objective", "bound", "counted"),
+    [
+        ("latency", {}, "latency"),
+        ("size", {}, "size"),
+        ("balanced", {}, "balanced"),
+        ("balanced", {"max_macs": 0.5}, "macs"),
+        ("latency", {"max_size": 1.0}, "size"),
+        ("latency", {"max_macs": 0.5, "cost": "balanced"}, "balanced"),
+    ],
+)
+def test_what_is_saved_is_what_the_bound_or_the_objective_is_about(
+    objective: str, bound: dict[str, object], counted: str
+) -> None:
+    recipe = Recipe().with_options(objective=objective, prune=Prune.model_validate(bound).model_dump())
+    assert pruning._counted(recipe) == counted
 
 
 LITTLE, MUCH = (

@@ -20,7 +20,7 @@ from edgewise.passes.remove_channels import PrunePlan, RemoveChannels
 from edgewise.passes.verify import Signature, check
 from edgewise.runtime.errors import EdgewiseError
 from edgewise.runtime.evaluate import Evaluator
-from edgewise.training.costs import Cost, FileBytes, Macs, Parameters, Part, full_width
+from edgewise.training.costs import Cost, FileBytes, Macs, Parameters, Part, Shares, full_width
 from edgewise.training.selection import Bill, Scores, achieved, select, uniform
 
 INPUTS = {"x": (1, 3, 6, 6)}
@@ -295,6 +295,17 @@ def test_a_move_that_became_needless_is_taken_back() -> None:
 
     plan = select(model, scores, Both("a", prices), 0.5)
     assert set(plan.leaving) == {"b[1]"}
+
+
+def test_costs_that_count_alike_are_shares_of_the_whole() -> None:
+    model = joined()
+    graph, macs, bytes_ = graph_of(model), Macs(shapes(model)), FileBytes()
+    both = Shares((macs, bytes_))
+    assert Bill.of(graph, both).whole == pytest.approx(2.0)
+    plan = select(model, scored(model), both, 0.5)
+    shares = [achieved(model, plan, cost) for cost in (macs, bytes_)]
+    assert sum(shares) / 2 == pytest.approx(achieved(model, plan, both))
+    assert sum(shares) / 2 <= 0.5
 
 
 def test_parts_of_a_concat_have_widths_of_their_own() -> None:
