@@ -321,3 +321,31 @@ def test_labels_are_needed_unless_int8_is_all_that_is_asked_for(folder: Path, tm
             tuned(folder, tmp_path / "out.onnx", "few.npz", **options)
     with pytest.raises(InputError, match="of its own"):
         tuned(folder, tmp_path / "out.onnx", "few.npz", int8=True)
+
+
+@pytest.mark.slow  # a real net of forty million multiply-accumulates
+def test_what_was_learned_on_photographs_helps_with_digits(corpus: Path, tmp_path: Path) -> None:
+    """From ten kinds of things on CIFAR-10 to ten digits, of 320 examples; then half of it leaves."""
+
+    def shown(images: np.ndarray) -> np.ndarray:
+        """[n, 1, 8, 8] as photographs of 32 x 32 with numbers about zero."""
+        large = np.kron(images / DIGITS.train_images.max(), np.ones((1, 1, 4, 4)))
+        return np.repeat(4 * large - 2, 3, axis=1).astype(np.float32)
+
+    train, test = shown(DIGITS.train_images[:320]), shown(DIGITS.test_images)
+    np.savez(tmp_path / "train.npz", input=train, labels=DIGITS.train_labels[:320])
+    np.savez(tmp_path / "test.npz", input=test, labels=DIGITS.test_labels)
+    report = finetune(
+        corpus / "models" / "cifar_resnet20.onnx",
+        tmp_path / "out.onnx",
+        data=str(tmp_path / "train.npz"),
+        validation=str(tmp_path / "test.npz"),
+        replace_head=10,
+        recipe=FLOAT.model_copy(update={"prune": Prune(max_macs=0.5, recover="closed-form")}),
+        options=TrainOptions(epochs=10, batch=32),
+    )
+    assert report.score is not None
+    assert (report.score.metric, report.score.samples) == ("top1", len(test))
+    assert report.score.before > 0.9
+    assert report.score.after > 0.8
+    assert report.amounts[0].macs <= 0.5
