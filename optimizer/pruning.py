@@ -365,9 +365,9 @@ def _folder(task: Task, recipe: Recipe, root: Path) -> Path:
 
 def _pricing(recipe: Recipe, feed: Feed, model: ir.Model, int8: QuickInt8 | None) -> Pricing:
     """What a budget is a share of: what counts to whom the model is for."""
-    options, size = recipe.prune or Prune(), ByBytes(None if int8 is None else 1.0)
+    options = recipe.prune or Prune()
     if _counted(recipe) == "size":
-        return size
+        return _file(recipe)
     if _counted(recipe) == "macs":
         return ByMacs(shapes_of(feed))
     bench = Bench(provider=recipe.target, threads=recipe.threads)
@@ -375,8 +375,13 @@ def _pricing(recipe: Recipe, feed: Feed, model: ir.Model, int8: QuickInt8 | None
         bench = dataclasses.replace(bench, int8=True, form=int8)
     by_time: Pricing = ByTime(feed, bench)
     if _counted(recipe) == "balanced":
-        by_time = Alike((by_time, size))
+        by_time = Alike((by_time, _file(recipe)))
     return Priced(by_time(model)) if options.schedule == 1 else by_time
+
+
+def _file(recipe: Recipe) -> ByBytes:
+    """Bytes of the file, of a weight that will be in int8 one."""
+    return ByBytes(None if recipe.quantize is None else 1.0)
 
 
 def _counted(recipe: Recipe) -> str:
@@ -399,8 +404,7 @@ def _limit(search: Search, feed: Feed) -> tuple[Cost, float]:
         whole = price(task.model, task.macs)
         return lambda model: price(model, task.macs) / whole, options.max_macs
     if options.max_size is not None:
-        weights = ByBytes(1.0 if recipe.quantize is not None else None)
-        return lambda model: price(search.exact(model), weights) / MEGABYTE, options.max_size
+        return lambda model: price(search.exact(model), _file(recipe)) / MEGABYTE, options.max_size
     assert options.max_latency is not None  # or it would be a bound on the metric
     return lambda model: _milliseconds(search.exact(model), feed, recipe), options.max_latency
 
