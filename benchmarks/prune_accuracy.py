@@ -22,7 +22,7 @@ from edgewise.optimizer.recipe import Importance
 MOST: Mapping[str, float] = MappingProxyType({"cifar_resnet20": 2.0, "cifar_resnet56": 1.0})
 """Points of top-1 that may be lost at half the MACs."""
 
-_EFFORT = 3.0  # some minutes: column s tells
+_EFFORT = 5.0  # some minutes: column s tells
 _GAIN = 15.0  # points, of the closed form over none
 _PLAIN = ("random", "magnitude-l1", "magnitude-l2")
 _INFORMED = ("gradient", "taylor", "fisher", "reconstruction")

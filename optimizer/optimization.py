@@ -58,8 +58,8 @@ def optimize(
 
     `model` is an .onnx file or `package.module:callable` of a torch module, then with `inputs` such as
     `x=1x3x224x224`. Without `data` only exact passes run; samples for `validation`, if given, do nothing but
-    judge. The result is measured against the input on
-    the recipe's target and is never slower. Raises `InputError` on input that cannot be used.
+    judge. The result is measured against the input on the recipe's target and is never slower. Raises
+    `InputError` on input that cannot be used.
     """
     return run_job(
         model,

@@ -34,7 +34,7 @@ _FITTED = {"reestimate": "statistics and biases"}
 _SCORING = 512  # samples that score channels and refit layers: more tell little new
 _BATCH = 64
 _WORK = 4e12  # multiply-accumulates of a distillation: about two minutes of two cores
-_MOST_EPOCHS = 60
+_MOST_EPOCHS = 60  # of the usual effort, and of less
 _BACKWARD = 3  # a step forward and back takes as long as three forward
 
 Kept = Mapping[tuple[str, int], Indices]
@@ -217,12 +217,11 @@ class _Step:
 
     def _training(self, student: ir.Model) -> TrainOptions:
         """As many epochs as the effort pays for: in work, not in time, so that the next run is the same."""
-        task = self.task
+        task, options, rows = self.task, self.task.options, len(self.task.parts.calibrate)
         each = _BACKWARD * price(student, task.macs) + price(task.model, task.macs)
-        rows = len(task.parts.calibrate)
-        epochs = round(task.options.effort * _WORK / task.options.schedule / (each * rows))
+        epochs = round(options.effort * _WORK / options.schedule / (each * rows))
         return TrainOptions(
-            epochs=min(max(epochs, 1), _MOST_EPOCHS),
+            epochs=min(max(epochs, 1), round(_MOST_EPOCHS * max(options.effort, 1.0))),
             batch=max(1, min(_BATCH, rows // 4)),
             learning_rate=5e-4,
             inner=0.0,  # what layers give was just fitted, and watching them costs a quarter more

@@ -24,6 +24,7 @@ _SHIFT = 1 / 8  # of an image's side, at most
 _SMALLEST = 8  # pixels of a side: what is smaller is no image
 _COLOURS = (1, 3, 4)
 _MIXED = 0.5  # the share of rows of a batch that are mixed with others
+_PASTED = 0.5  # the share of batches in which that is by pasting
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,8 +202,9 @@ def _sides(array: Array) -> tuple[int, int]:
 def varied(batch: Batch, rng: np.random.Generator, *, flips: bool) -> Batch:
     """The images of `batch` moved by up to an eighth, mirrored where `flips`, and some mixed with others.
 
-    What moves in at the border repeats its last pixel. Mixing as mixup does it (Zhang et al., ICLR 2018),
-    with uniform shares (Beyer et al., CVPR 2022).
+    What moves in at the border repeats its last pixel. A batch is mixed as mixup does it (Zhang et al., ICLR
+    2018), or others are pasted into its images as CutMix does it (Yun et al., ICCV 2019), with uniform shares
+    (Beyer et al., CVPR 2022).
     """
     count = len(next(iter(batch.feed.values())))
     moves, mirrored = rng.uniform(-_SHIFT, _SHIFT, (2, count)), rng.random(count) < 0.5 * flips
@@ -210,11 +212,33 @@ def varied(batch: Batch, rng: np.random.Generator, *, flips: bool) -> Batch:
     if count < 2 or any(array.dtype.kind != "f" for array in feed.values()):
         return replace(batch, feed=feed, targets=None)
     share = np.where(rng.random(count) < _MIXED, rng.random(count), 1.0).astype(np.float32)
-    other = rng.permutation(count)
-    column = share[:, None, None, None]
-    feed = {name: column * array + (1 - column) * array[other] for name, array in feed.items()}
+    other, corners, pastes = rng.permutation(count), rng.random((2, count)), rng.random() < _PASTED
+    feed = {
+        name: _pasted(array, array[other], share, corners) if pastes else _blended(array, array[other], share)
+        for name, array in feed.items()
+    }
     labels = None if batch.labels is None else batch.labels[other]
     return replace(batch, feed=feed, targets=None, others=labels, share=share)
+
+
+def _blended(images: Array, others: Array, share: Array) -> Array:
+    column = share[:, None, None, None]
+    blended: Array = column * images + (1 - column) * others
+    return blended
+
+
+def _pasted(images: Array, others: Array, share: Array, corners: Array) -> Array:
+    """Each image but for a rectangle of another, which leaves it its share to the nearest pixel.
+
+    The rectangle is of the image's shape; `corners` say where it begins, in shares of the room for it.
+    """
+    side = np.sqrt(1 - share)
+    within = []
+    for size, corner in zip(_sides(images), corners, strict=True):
+        start, middles = corner * (1 - side), (np.arange(size) + 0.5) / size
+        within.append((middles >= start[:, None]) & (middles < (start + side)[:, None]))
+    mask = within[0][:, :, None] & within[1][:, None, :]
+    return np.where(np.expand_dims(mask, 3 if _spatial(images) == (1, 2) else 1), others, images)
 
 
 def _moved(images: Array, moves: Array, mirrored: Array) -> Array:

@@ -221,6 +221,7 @@ def test_the_epochs_follow_the_work_of_an_epoch(lessons: list[TrainOptions]) -> 
 def test_there_is_one_epoch_at_least_and_an_end(lessons: list[TrainOptions]) -> None:
     assert epochs(lessons, effort=1e-12) == 1
     assert epochs(lessons, effort=1.0) == 60
+    assert epochs(lessons, effort=2.5) == 150
 
 
 def test_steps_share_the_effort(lessons: list[TrainOptions]) -> None:

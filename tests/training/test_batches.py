@@ -91,16 +91,26 @@ def test_images_are_moved_and_mirrored_not_changed(shape: tuple[int, ...]) -> No
     ).all()
 
 
-def test_mixtures_say_of_what_they_are() -> None:
-    flat = np.broadcast_to(np.arange(8, dtype=np.float32).reshape(8, 1, 1, 1), (8, 1, 8, 8))
+@pytest.mark.parametrize("shape", [(8, 1, 32, 32), (8, 32, 32, 3)])
+@pytest.mark.parametrize(("seed", "pastes"), [(5, False), (2, True)])
+def test_mixtures_say_of_what_they_are(seed: int, pastes: bool, shape: tuple[int, ...]) -> None:
+    flat = np.broadcast_to(np.arange(8, dtype=np.float32).reshape(8, 1, 1, 1), shape)
     batch = Batch({"x": flat}, np.arange(8), labels=np.arange(8))
-    mixed = varied(batch, np.random.default_rng(0), flips=True)
+    mixed = varied(batch, np.random.default_rng(seed), flips=True)
     assert mixed.labels is not None
     assert mixed.others is not None
     assert mixed.share is not None
     assert 0 < (mixed.share < 1).sum() < 8
+    pixels = mixed.feed["x"].reshape(8, -1)
     expected = mixed.share * mixed.labels + (1 - mixed.share) * mixed.others
-    assert np.allclose(mixed.feed["x"][:, 0, 3, 3], expected, atol=1e-5)
+    if not pastes:
+        np.testing.assert_allclose(pixels, np.broadcast_to(expected[:, None], pixels.shape), atol=1e-5)
+        return
+    own, other = (pixels == labels[:, None] for labels in (mixed.labels, mixed.others))
+    assert (own | other).all()
+    # A side of the rectangle is right to a pixel of 32, so its area is to two.
+    apart = mixed.labels != mixed.others
+    np.testing.assert_allclose(own.mean(1)[apart], mixed.share[apart], atol=2 / 32)
 
 
 def test_what_is_no_image_is_known() -> None:
