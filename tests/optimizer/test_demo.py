@@ -16,6 +16,7 @@ pytest.importorskip("torch", reason="the demo exports a torch module")
 from edgewise.optimizer.demo import demo
 
 
+@pytest.mark.slow  # trains and measures
 def test_a_generator_is_optimized_by_the_quality_of_its_images(tmp_path: Path) -> None:
     """Without measuring the smallest wins, which is int8, as long as the bound is kept."""
     recipe = Recipe(metric="psnr", max_drop=70.0, benchmark=None, objective="size").fast()

@@ -77,6 +77,7 @@ def test_a_bound_on_the_metric_is_kept_by_what_is_written(digits: Path, tmp_path
     assert all(budget < min(kept) for budget in lost)
 
 
+@pytest.mark.slow  # it measures
 def test_every_amount_is_timed_where_time_counts(digits: Path, tmp_path: Path) -> None:
     benchmark = Benchmark(max_seconds=1.0).model_dump()
     report = pruned(
@@ -144,12 +145,14 @@ def test_what_is_saved_may_be_another_cost_than_the_bounds(cost: str, digits: Pa
     assert 0.4 < amount.macs <= 0.5
 
 
+@pytest.mark.slow  # several searches
 def test_the_same_seed_gives_the_same_file(digits: Path, tmp_path: Path) -> None:
     for name in ("a.onnx", "b.onnx"):
         pruned(digits, tmp_path / name, data="few.npz", max_macs=0.12, schedule=2)
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
+@pytest.mark.slow  # several searches
 def test_an_interrupted_search_goes_on(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was tried before the interrupt is not tried again, and the end is the same."""
     from edgewise.optimizer import pruning
@@ -189,6 +192,7 @@ def test_int8_follows_under_the_same_bound(digits: Path, tmp_path: Path) -> None
     assert report.output.bytes < 0.3 * report.input.bytes
 
 
+@pytest.mark.slow  # several searches
 def test_two_processes_try_two_amounts(digits: Path, tmp_path: Path) -> None:
     report = pruned(digits, tmp_path / "out.onnx", max_drop=0.05, trials=2, workers=2, recover="none")
     assert len(report.amounts) == 2

@@ -129,6 +129,7 @@ def test_what_was_disturbed_is_not_believed() -> None:
     assert _plausible((1.0, 3.0, 2.0, 40.0, 4.0, 4.0), ((4, 8), (4, 6, 8))) == (1.0, 3.0, 2.0, 8.0, 4.0, 4.0)
 
 
+@pytest.mark.slow  # it measures
 def test_a_measured_table_tells_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEWISE_CACHE", str(tmp_path))
     model = net()
