@@ -165,6 +165,11 @@ def full_width(slot: Slot) -> int:
     return size
 
 
+def whole_of(parts: Iterable[Part]) -> float:
+    """What they cost together while nothing has left."""
+    return sum(part.cost(tuple(map(full_width, part.slots))) for part in parts)
+
+
 def _macs(layer: Layer, widths: Widths) -> float:
     return float(macs(layer.call(widths)) or 0)
 
@@ -217,7 +222,7 @@ class Shares:
     def parts(self, graph: ChannelGraph) -> Iterator[Part]:
         for cost in self.costs:
             parts = tuple(cost.parts(graph))
-            whole = sum(part.cost(tuple(map(full_width, part.slots))) for part in parts)
+            whole = whole_of(parts)
             for part in parts if whole > 0 else ():
                 yield replace(part, cost=partial(_share, part.cost, whole))
 

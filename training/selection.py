@@ -24,7 +24,7 @@ from edgewise.passes.channels import ChannelGraph, ChannelGroup, Cuts, Mask
 from edgewise.passes.graph import opset
 from edgewise.passes.remove_channels import PrunePlan
 from edgewise.runtime.errors import EdgewiseError
-from edgewise.training.costs import Cost, Part, full_width
+from edgewise.training.costs import Cost, Part, full_width, whole_of
 
 Floats = npt.NDArray[np.float64]
 Scores = Mapping[str, Floats]
@@ -108,7 +108,7 @@ class Bill:
     def of(cls, graph: ChannelGraph, cost: Cost) -> Bill:
         """Raises `EdgewiseError` where nothing costs anything."""
         parts = tuple(cost.parts(graph))
-        whole = sum(part.cost(tuple(map(full_width, part.slots))) for part in parts)
+        whole = whole_of(parts)
         if whole <= 0:
             raise EdgewiseError(f"the model has no {cost.unit} to save")
         return cls(parts, whole)
