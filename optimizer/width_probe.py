@@ -159,26 +159,28 @@ def _axis(full: int, channels: int, multiple: int, most: int) -> tuple[int, ...]
 
 
 def _alone(kind: Kind, grid: Grid, opset: int, bench: Bench, ask: Ask, empty: float) -> tuple[float, ...]:
-    """Milliseconds at every point of the grid; nothing where the layer cannot stand alone."""
+    """Milliseconds at every point of the grid; nothing where the layer cannot stand alone.
+
+    Times that are known from before are measured once more, for nobody knows what disturbed them then.
+    """
     asked = (str(bench.provider), str(bench.threads), str(bench.int8), str(opset), kind.text, str(grid))
     key = cache.key_of("widths", *_facts(), *asked)
     known = cache.load(key)
-    if known is not None:
-        return tuple(known["ms"])
     made = side_by_side(kind, points_of(grid), opset, int8=bench.int8)
     if made is None:
         return ()
     with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
         path = files.save(made, Path(folder) / "layers.onnx")
         try:
-            nodes = _calm(ask, path)
+            nodes = _calm(ask, path) if known is None else ask(path, _RUNS).nodes
         except EdgewiseError:
             return ()
     least = {name: node.ms for node in nodes for name in node.sources}
     names = [str(point) for point in points_of(grid)]
     if not all(name in least for name in names):
         return ()
-    ms = _plausible([_net(least[name], empty) for name in names], grid)
+    now = [_net(least[name], empty) for name in names]
+    ms = _plausible(now if known is None else np.minimum(now, known["ms"]).tolist(), grid)
     cache.store(key, {"ms": ms})
     return ms
 

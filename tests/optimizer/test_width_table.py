@@ -144,15 +144,15 @@ def test_a_measured_table_tells_of_the_model(tmp_path: Path, monkeypatch: pytest
     assert Bill.of(graph, table).whole > 0
     grids = {timing.axes for timing in table.timings.values()}
     assert {((3,), (4, 8, 12, 16)), ((4, 8, 12, 16),), ((4, 8, 12, 16), (4, 5)), ()} == grids
-    assert len(list(tmp_path.glob("widths-*.json"))) == 4
-
-    def fail(*_: object, **__: object) -> None:
-        raise AssertionError("known points are not measured again")
-
-    monkeypatch.setattr("edgewise.optimizer.width_probe.side_by_side", fail)
-    again = measure_widths(model, feed, Bench(threads=1))
-    assert [t.alone for t in again.timings.values()] == [t.alone for t in table.timings.values()]
+    stored = sorted(tmp_path.glob("widths-*.json"))
+    assert len(stored) == 4
     assert cache.folder() == tmp_path
+    disturbed, calm = (json.loads(file.read_text())["ms"] for file in stored[:2])
+    stored[0].write_text(json.dumps({"ms": [1e3 * ms for ms in disturbed]}))
+    stored[1].write_text(json.dumps({"ms": [1e-3 * ms for ms in calm]}))
+    measure_widths(model, feed, Bench(threads=1))
+    assert max(json.loads(stored[0].read_text())["ms"]) < 100 * max(disturbed), "it is measured again"
+    assert json.loads(stored[1].read_text())["ms"] == [1e-3 * ms for ms in calm], "what was calm stays"
 
 
 def test_a_table_is_a_cost(tmp_path: Path) -> None:
