@@ -16,7 +16,7 @@ from edgewise.optimizer.int8 import Split
 from edgewise.optimizer.ladder import report
 from edgewise.optimizer.parallel import pack, unpack
 from edgewise.optimizer.pipeline import Progress, StepReport, no_progress
-from edgewise.optimizer.pricing import ByBytes, ByMacs, Pricing, price
+from edgewise.optimizer.pricing import ByMacs, Pricing, price
 from edgewise.optimizer.recipe import Prune
 from edgewise.optimizer.yardstick import Yardstick
 from edgewise.passes.branches import branches_of
@@ -36,8 +36,6 @@ _BATCH = 64
 _WORK = 4e12  # multiply-accumulates of a distillation: about two minutes of two cores
 _MOST_EPOCHS = 60  # of the usual effort, and of less
 _BACKWARD = 3  # a step forward and back takes as long as three forward
-
-_EXACT = (ByMacs, ByBytes)
 
 Kept = Mapping[tuple[str, int], Indices]
 Plans = tuple[PrunePlan, ...]
@@ -106,7 +104,7 @@ def planned(task: Task, model: ir.Model, scores: Scores, budget: float) -> Plans
     widest = max((len(worth) for worth in scores.values()), default=0)
     cost, multiple = task.pricing(model), _ROUND if widest >= _WIDE else _FINE
     plan = select(model, scores, cost, budget, multiple=multiple)
-    if not plan.branches or not isinstance(task.pricing, _EXACT):
+    if not plan.branches or not task.pricing.is_exact:
         return (plan,)
     branches = {branch.name for branch in branches_of(model.graph)}
     channels = {name: worth for name, worth in scores.items() if name not in branches}
