@@ -127,7 +127,11 @@ class _State:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One cut, and the recovery from it. Each part of the recovery stays only where it helps."""
+    """One cut, and the recovery from it. Each part of the recovery stays only where it helps.
+
+    Whether a refit does is seen by noise, which is what it makes small. A distillation is after the order of
+    scores rather than their size: it is judged by its own loss, on samples that it does not learn from.
+    """
 
     task: Task
     yardstick: Yardstick
@@ -210,8 +214,12 @@ class _Step:
             )
         except DivergedError as error:  # what was learned until then counts
             trained = error.trained
-        now = dataclasses.replace(now, history=trained.history)
-        return self._better(now, trained.model, "distillation", start)
+        first, best = trained.history.start, trained.history.best
+        helps = best.held_back < first.held_back
+        told = f"loss on samples held back {first.held_back:.3g} -> {best.held_back:.3g}"
+        step = report("distillation", 1, helps, told, start)
+        model = trained.model if helps else now.model
+        return dataclasses.replace(now, model=model, steps=(*now.steps, step), history=trained.history)
 
     def _tell(self, epoch: Epoch, options: TrainOptions) -> None:
         self.progress("distil", epoch.number, options.epochs or 1)
