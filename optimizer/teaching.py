@@ -40,6 +40,7 @@ from edgewise.training.options import Epoch, History, Penalty, TrainOptions, req
 
 ModelPath = str | os.PathLike[str]
 _TRAINED = "trained"
+_LESSONS = 512  # samples, enough to learn back what rounding took
 _NO_LESSON = (
     "the samples have no labels: --int8 alone learns at a rate and for a time of its own, so leave --epochs, "
     "--learning-rate, --batch, --freeze and --memory out"
@@ -128,10 +129,10 @@ def finetune(
     require_torch("training")
     recipe, options = recipe or Recipe(), options or TrainOptions()
     check_targets(Path(output), recipe, Path(model), force=force)
-    recipe = recipe.model_copy(update={"quantize": _healing(recipe) if int8 else None})
     with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
         source, history, samples = Path(model), None, data
         start = begin(source, data, recipe, validation)
+        recipe = recipe.model_copy(update={"quantize": _healing(recipe, start) if int8 else None})
         if _samples(start).labels is not None:
             ready = _headed(_prepared(start.adapted.model, start, recipe), replace_head, recipe.seed)
             parts = split_to_prune(_samples(start), recipe.seed, validation=start.validation)
@@ -229,10 +230,15 @@ def _told(progress: Progress, options: TrainOptions) -> Callable[[Epoch], None]:
     return lambda epoch: progress("train", epoch.number, options.epochs or epoch.number)
 
 
-def _healing(recipe: Recipe) -> Quantize:
-    """Static int8 whose weights are trained for the integers they become."""
-    options = recipe.quantize or Quantize()
-    return options.model_copy(update={"ladder": (*options.ladder, "train")})
+def _healing(recipe: Recipe, start: Start) -> Quantize:
+    """Static int8 whose weights are trained for the integers they become.
+
+    That takes more samples than calibration does, but for a quarter, which judges if nothing else does.
+    """
+    options, count = recipe.quantize or Quantize(), len(_samples(start))
+    learns = min(count if start.validation is not None else 3 * count // 4, _LESSONS)
+    ladder = (*options.ladder, "train")
+    return options.model_copy(update={"ladder": ladder, "samples": max(options.samples, learns)})
 
 
 def _report(

@@ -253,6 +253,9 @@ def test_int8_is_healed_without_labels(tmp_path: Path) -> None:
     healed = finetune(tmp_path / "net.onnx", tmp_path / "healed.onnx", data=data, int8=True, recipe=recipe)
     assert (plain.chosen, healed.chosen) == ("int8", "int8")
     assert {s.step: s.status for s in healed.steps}["quantization-aware training"] == "applied"
+    assert healed.recipe["quantize"]["samples"] == 150, "more than calibrate, and the rest judges"
+    assert healed.score is not None
+    assert healed.score.samples == 50
     expected = Evaluator(net).run({"x": unseen})["y"]
     before, after = (
         np.square(Evaluator(files.load(tmp_path / name)).run({"x": unseen})["y"] - expected).sum()
