@@ -23,8 +23,7 @@ Shapes = tuple[tuple[int, ...], ...]
 _SHIFT = 1 / 8  # of an image's side, at most
 _SMALLEST = 8  # pixels of a side: what is smaller is no image
 _COLOURS = (1, 3, 4)
-_MIXED = 0.5  # the share of rows of a batch that are mixed with others
-_PASTED = 0.5  # the share of batches in which that is by pasting
+_PASTED = 0.5  # the share of batches that are mixed by pasting
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +199,7 @@ def _sides(array: Array) -> tuple[int, int]:
 
 
 def varied(batch: Batch, rng: np.random.Generator, *, flips: bool) -> Batch:
-    """The images of `batch` moved by up to an eighth, mirrored where `flips`, and some mixed with others.
+    """The images of `batch` moved by up to an eighth, mirrored where `flips`, and mixed with one another.
 
     What moves in at the border repeats its last pixel. A batch is mixed as mixup does it (Zhang et al., ICLR
     2018), or others are pasted into its images as CutMix does it (Yun et al., ICCV 2019), with uniform shares
@@ -211,7 +210,7 @@ def varied(batch: Batch, rng: np.random.Generator, *, flips: bool) -> Batch:
     feed = {name: _moved(array, moves, mirrored) for name, array in batch.feed.items()}
     if count < 2 or any(array.dtype.kind != "f" for array in feed.values()):
         return replace(batch, feed=feed, targets=None)
-    share = np.where(rng.random(count) < _MIXED, rng.random(count), 1.0).astype(np.float32)
+    share = rng.random(count).astype(np.float32)
     other, corners, pastes = rng.permutation(count), rng.random((2, count)), rng.random() < _PASTED
     feed = {
         name: _pasted(array, array[other], share, corners) if pastes else _blended(array, array[other], share)
