@@ -124,6 +124,11 @@ class _State:
     steps: tuple[StepReport, ...] = ()
     history: History | None = None
 
+    def recovered(self, model: ir.Model, by: str, helps: bool, told: str, start: float) -> _State:
+        """The state with what a recovery made of the model, if that helps, and with what is `told` of it."""
+        steps = (*self.steps, report(by, 1, helps, told, start))
+        return dataclasses.replace(self, model=model if helps else self.model, steps=steps)
+
 
 @dataclass(frozen=True, eq=False)
 class _Step:
@@ -193,7 +198,9 @@ class _Step:
             memory=task.options.memory,
             progress=lambda done, total: self.progress("refit layers", done, total),
         )
-        return self._better(now, fitted, _FITTED.get(how, "closed-form recovery"), start)
+        before, after = self.yardstick.decibels(now.model), self.yardstick.decibels(fitted)
+        told = f"{before:.1f} -> {after:.1f} dB"
+        return now.recovered(fitted, _FITTED.get(how, "closed-form recovery"), after > before, told, start)
 
     def _distilled(self, now: _State) -> _State:
         from edgewise.training.distillation import distill  # brings torch, which takes a second
@@ -215,11 +222,9 @@ class _Step:
         except DivergedError as error:  # what was learned until then counts
             trained = error.trained
         first, best = trained.history.start, trained.history.best
-        helps = best.held_back < first.held_back
         told = f"loss on samples held back {first.held_back:.3g} -> {best.held_back:.3g}"
-        step = report("distillation", 1, helps, told, start)
-        model = trained.model if helps else now.model
-        return dataclasses.replace(now, model=model, steps=(*now.steps, step), history=trained.history)
+        learned = now.recovered(trained.model, "distillation", best.held_back < first.held_back, told, start)
+        return dataclasses.replace(learned, history=trained.history)
 
     def _tell(self, epoch: Epoch, options: TrainOptions) -> None:
         self.progress("distil", epoch.number, options.epochs or 1)
@@ -238,10 +243,3 @@ class _Step:
             seed=task.seed,
             memory=task.options.memory,
         )
-
-    def _better(self, now: _State, made: ir.Model, name: str, start: float) -> _State:
-        """The state with the recovered model, if that is nearer to the original."""
-        before, after = self.yardstick.decibels(now.model), self.yardstick.decibels(made)
-        step = report(name, 1, after > before, f"{before:.1f} -> {after:.1f} dB", start)
-        model = made if after > before else now.model
-        return dataclasses.replace(now, model=model, steps=(*now.steps, step))
