@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import onnx_ir as ir
 
@@ -16,17 +15,8 @@ from edgewise.runtime.evaluate import Feed
 from edgewise.training.costs import Cost, FileBytes, Macs, Parameters, Shares
 from edgewise.training.selection import Bill
 
+Pricing = Callable[[ir.Model], Cost]
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-class Pricing(Protocol):
-    """The cost of a model, whichever it is."""
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether costs are counted; if not, they are estimates of what was measured."""
-
-    def __call__(self, model: ir.Model, /) -> Cost: ...
 
 
 @dataclass(frozen=True)
@@ -34,8 +24,6 @@ class ByMacs:
     """Multiply-accumulates of one run on inputs of these shapes."""
 
     shapes: Shapes
-
-    is_exact = True
 
     def __call__(self, model: ir.Model) -> Cost:
         return Macs(shapes_on(model, self.shapes))
@@ -47,8 +35,6 @@ class ByBytes:
 
     weight: float | None = None
 
-    is_exact = True
-
     def __call__(self, _: ir.Model) -> Cost:
         return FileBytes(self.weight)
 
@@ -56,8 +42,6 @@ class ByBytes:
 @dataclass(frozen=True)
 class ByParameters:
     """Numbers that the weights hold."""
-
-    is_exact = True
 
     def __call__(self, _: ir.Model) -> Cost:
         return Parameters()
@@ -69,10 +53,6 @@ class Alike:
 
     pricings: tuple[Pricing, ...]
 
-    @property
-    def is_exact(self) -> bool:
-        return all(pricing.is_exact for pricing in self.pricings)
-
     def __call__(self, model: ir.Model) -> Cost:
         return Shares(tuple(pricing(model) for pricing in self.pricings))
 
@@ -82,7 +62,6 @@ class Priced:
     """A cost that is known, for the one model that it is the cost of."""
 
     cost: Cost
-    is_exact: bool
 
     def __call__(self, _: ir.Model) -> Cost:
         return self.cost
@@ -97,8 +76,6 @@ class ByTime:
 
     feed: Feed
     bench: Bench
-
-    is_exact = False
 
     def __call__(self, model: ir.Model) -> Cost:
         try:

@@ -96,15 +96,14 @@ def planned(task: Task, model: ir.Model, scores: Scores, budget: float) -> Plans
     """What may leave, for a share of the cost or, with a ratio, of the channels.
 
     Where branches would leave, channels alone are another way there: what a whole branch takes along is too
-    much for gradients to foresee, so both ways are gone. Not by time: that of layers which are gone is saved
-    for sure, that of narrower ones is an estimate, and two plans of one estimate are not equally fast.
+    much for gradients to foresee, so both ways are gone.
     """
     if task.options.ratio is not None:
         return (uniform(model, scores, 1 - budget),)
     widest = max((len(worth) for worth in scores.values()), default=0)
     cost, multiple = task.pricing(model), _ROUND if widest >= _WIDE else _FINE
     plan = select(model, scores, cost, budget, multiple=multiple)
-    if not plan.branches or not task.pricing.is_exact:
+    if not plan.branches:
         return (plan,)
     branches = {branch.name for branch in branches_of(model.graph)}
     channels = {name: worth for name, worth in scores.items() if name not in branches}

@@ -376,7 +376,7 @@ def _pricing(recipe: Recipe, feed: Feed, model: ir.Model, int8: QuickInt8 | None
     by_time: Pricing = ByTime(feed, bench)
     if _counted(recipe) == "balanced":
         by_time = Alike((by_time, _file(recipe)))
-    return Priced(by_time(model), by_time.is_exact) if options.schedule == 1 else by_time
+    return Priced(by_time(model)) if options.schedule == 1 else by_time
 
 
 def _file(recipe: Recipe) -> ByBytes:
