@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -28,20 +28,19 @@ from edgewise.runtime.costs import macs
 from edgewise.runtime.errors import EdgewiseError
 from edgewise.runtime.evaluate import Feed
 from edgewise.runtime.machine import describe
-from edgewise.runtime.profile import NodeTime, Profile, profiler
+from edgewise.runtime.profile import NodeTime, profiler
+from edgewise.runtime.profile_rounds import Ask, in_turns
 from edgewise.training.costs import Layer, Widths, full_width, layers_of
 from edgewise.training.selection import uniform
 
 Form = Callable[[ir.Model], ir.Model]
 """What is made of a model before it runs on the target, such as its int8 form."""
-Ask = Callable[[Path, int | None], Profile]
 Steps = Callable[[int, int], None]
 
 _RATIOS = (0.0, 0.5, 0.75)
 """How much of every group is missing where the whole model is profiled."""
 _NARROWEST = 1 / 8
-_RUNS = 3
-_FEWEST_ROUNDS, _MOST_ROUNDS, _CALM = 3, 8, 0.98
+_ROUNDS, _ONCE_MORE = 6, 2  # in turns: a machine is slow for seconds on end, and then for all alike
 _STEEPEST = 2.0  # how much slower than a wider layer one of odd width may be
 _POINTS = {1: 24, 2: 8, 3: 4}
 """The most widths along an axis, by how many axes there are; with more axes nothing is timed alone."""
@@ -121,7 +120,8 @@ def _empty(ask: Ask) -> float:
     """Milliseconds that a node takes which does nothing: what it costs to measure one."""
     with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
         path = files.save(empty_nodes(), Path(folder) / "empty.onnx")
-        return min(node.ms for node in _calm(ask, path))
+        (profile,) = in_turns(ask, [path], _ROUNDS)
+    return min(node.ms for node in profile.nodes)
 
 
 def _timing(
@@ -172,10 +172,10 @@ def _alone(kind: Kind, grid: Grid, opset: int, bench: Bench, ask: Ask, empty: fl
     with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
         path = files.save(made, Path(folder) / "layers.onnx")
         try:
-            nodes = _calm(ask, path) if known is None else ask(path, _RUNS).nodes
+            (profile,) = in_turns(ask, [path], _ROUNDS if known is None else _ONCE_MORE)
         except EdgewiseError:
             return ()
-    least = {name: node.ms for node in nodes for name in node.sources}
+    least = {name: node.ms for node in profile.nodes for name in node.sources}
     names = [str(point) for point in points_of(grid)]
     if not all(name in least for name in names):
         return ()
@@ -183,20 +183,6 @@ def _alone(kind: Kind, grid: Grid, opset: int, bench: Bench, ask: Ask, empty: fl
     ms = _plausible(now if known is None else np.minimum(now, known["ms"]).tolist(), grid)
     cache.store(key, {"ms": ms})
     return ms
-
-
-def _calm(ask: Ask, path: Path) -> tuple[NodeTime, ...]:
-    """The nodes of a model with their least times, of so many rounds that another changes little.
-
-    What disturbs a measurement only ever adds to it.
-    """
-    nodes = ask(path, _RUNS).nodes
-    for turn in range(1, _MOST_ROUNDS):
-        before, again = sum(n.ms for n in nodes), {n.name: n.ms for n in ask(path, _RUNS).nodes}
-        nodes = tuple(replace(n, ms=min(n.ms, again.get(n.name, n.ms))) for n in nodes)
-        if turn + 1 >= _FEWEST_ROUNDS and sum(n.ms for n in nodes) > before * _CALM:
-            break
-    return nodes
 
 
 def _net(ms: float, empty: float) -> float:
@@ -247,12 +233,12 @@ def _networks(
         with profiler(
             feed, provider=bench.provider, threads=bench.threads, seed=0, timeout=bench.timeout
         ) as ask:
-            profiles = [_calm(ask, path) for path in paths]
+            profiles = in_turns(ask, paths, _ROUNDS)
     networks = []
-    for plan, nodes in zip(plans, profiles, strict=True):
+    for plan, profile in zip(plans, profiles, strict=True):
         cuts = plan.cuts(graph)
         widths = {slot: int((~graph.leaving(slot, cuts)).sum()) for slot in full}
-        ms = _shared_out(nodes, weights, empty)
+        ms = _shared_out(profile.nodes, weights, empty)
         if bench.int8 and sum(w for name, w in weights.items() if ms.get(name)) < _KNOWN * sum(
             weights.values()
         ):

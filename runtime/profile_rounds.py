@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,8 @@ import numpy as np
 from edgewise.runtime.evaluate import Feed
 from edgewise.runtime.profile import NodeTime, Profile, profiler
 
+Ask = Callable[[Path, int | None], Profile]
+"""Profiles a file, so many runs of it."""
 _ROUNDS = 2  # a disturbance hits one of them
 _TURN_MS = 300.0
 _FIRST_RUNS, _LEAST_RUNS, _MOST_RUNS = 4, 4, 40
@@ -31,9 +33,14 @@ def profile_in_turns(
     `edgewise.runtime.profile.profile_isolated` does.
     """
     with profiler(feed, provider=provider, threads=threads, seed=0, timeout=timeout) as ask:
-        turns = [[ask(path, _FIRST_RUNS) for path in paths]]
-        for _ in range(rounds - 1):
-            turns.append([ask(path, _runs(p)) for path, p in zip(paths, turns[0], strict=True)])
+        return in_turns(ask, paths, rounds)
+
+
+def in_turns(ask: Ask, paths: Sequence[Path], rounds: int) -> tuple[Profile, ...]:
+    """The same by a process that is there (see `profiler`)."""
+    turns = [[ask(path, _FIRST_RUNS) for path in paths]]
+    for _ in range(rounds - 1):
+        turns.append([ask(path, _runs(p)) for path, p in zip(paths, turns[0], strict=True)])
     return tuple(_least(same) for same in zip(*turns, strict=True))
 
 
