@@ -29,7 +29,7 @@ from edgewise.runtime.errors import EdgewiseError
 from edgewise.runtime.evaluate import Feed
 from edgewise.runtime.machine import describe
 from edgewise.runtime.profile import NodeTime, profiler
-from edgewise.runtime.profile_rounds import Ask, in_turns
+from edgewise.runtime.profile_rounds import Ask, in_turns, profile_in_turns
 from edgewise.training.costs import Layer, Widths, full_width, layers_of
 from edgewise.training.selection import uniform
 
@@ -230,10 +230,14 @@ def _networks(
         for i, plan in enumerate(plans):
             made = _named(bench.form(RemoveChannels(plan).on(model)), layers, weights)
             paths.append(files.save(made, Path(folder) / f"{i}.onnx"))
-        with profiler(
-            feed, provider=bench.provider, threads=bench.threads, seed=0, timeout=bench.timeout
-        ) as ask:
-            profiles = in_turns(ask, paths, _ROUNDS)
+        profiles = profile_in_turns(
+            paths,
+            feed,
+            provider=bench.provider,
+            threads=bench.threads,
+            rounds=_ROUNDS,
+            timeout=bench.timeout,
+        )
     networks = []
     for plan, profile in zip(plans, profiles, strict=True):
         cuts = plan.cuts(graph)
