@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +21,6 @@ from edgewise.optimizer.pipeline import Progress, StepReport, no_progress
 from edgewise.optimizer.pricing import ByMacs, Pricing, price
 from edgewise.optimizer.recipe import Prune
 from edgewise.optimizer.yardstick import Yardstick
-from edgewise.passes.branches import branches_of
 from edgewise.passes.channel_links import Indices
 from edgewise.passes.remove_channels import PrunePlan, RemoveChannels, survivors
 from edgewise.runtime.errors import EdgewiseError
@@ -30,6 +31,7 @@ from edgewise.training.selection import select, uniform
 
 _WIDE = 256  # channels: from there on kernels want round widths, and narrower layers lose much by them
 _ROUND, _FINE = 8, 4
+_BRANCH_WEIGHTS = (0.5, 1.0, 1.5, math.inf)  # so many times its score a branch counts
 _FITTED = {"reestimate": "statistics and biases"}
 _SCORING = 512  # samples that score channels and refit layers: more tell little new
 _BATCH = 64
@@ -95,22 +97,19 @@ def scored(model: ir.Model, task_samples: Samples, options: Prune, seed: int, th
 def planned(task: Task, model: ir.Model, scores: Scores, budget: float) -> Plans:
     """What may leave, for a share of the cost or, with a ratio, of the channels.
 
-    Where branches would leave, channels alone are another way there: what a whole branch takes along is too
-    much for gradients to foresee, so both ways are gone.
+    What a whole branch takes along is too much for gradients to foresee, so where branches would leave there
+    are several ways: with many of them, with few, and by channels alone.
     """
     if task.options.ratio is not None:
         return (uniform(model, scores, 1 - budget),)
     widest = max((len(worth) for worth in scores.values()), default=0)
     cost, multiple = task.pricing(model), _ROUND if widest >= _WIDE else _FINE
-    plan = select(model, scores, cost, budget, multiple=multiple)
-    if not plan.branches:
-        return (plan,)
-    branches = {branch.name for branch in branches_of(model.graph)}
-    channels = {name: worth for name, worth in scores.items() if name not in branches}
-    try:
-        return plan, select(model, channels, cost, budget, multiple=multiple)
-    except EdgewiseError:  # channels alone do not get there
-        return (plan,)
+    plans = [select(model, scores, cost, budget, multiple=multiple, branch_weight=_BRANCH_WEIGHTS[0])]
+    for weight in _BRANCH_WEIGHTS[1:] if plans[0].branches else ():
+        with suppress(EdgewiseError):  # with so few branches the budget is not reached
+            plan = select(model, scores, cost, budget, multiple=multiple, branch_weight=weight)
+            plans += [plan] * (plan not in plans)
+    return tuple(plans)
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,6 @@ the name of a `Branch` what is lost with it, [1]."""
 
 MULTIPLE = 4
 FLOOR = 1 / 8
-_ABRUPT = 1.5  # what leaves with a branch the rest makes up for less than for single channels
 _AHEAD = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # steps: latency has plateaus that no single step leaves
 _ROUNDS = 16
 
@@ -46,20 +45,22 @@ def select(
     *,
     multiple: int = MULTIPLE,
     floor: float = FLOOR,
+    branch_weight: float = 1.0,
 ) -> PrunePlan:
     """The channels of least summed score without which the model costs at most `budget` of what it does.
 
     Widths of layers become multiples of `multiple`, and of every segment of channels the share `floor` stays.
-    Groups and branches without scores stay as they are. Raises `EdgewiseError` where the budget cannot be
+    A branch counts `branch_weight` times its score, infinity keeps them all. Groups and branches without
+    scores stay as they are. Raises `EdgewiseError` where the budget cannot be
     reached, with the least that can.
     """
     graph = ChannelGraph.of(model.graph, opset(model))
     worth = _worth(graph, scores)
     segments, bill = _segments(graph, worth, multiple, floor), Bill.of(graph, cost)
     exits = [
-        _Exit.of(branch, segments, float(scores[branch.name][0]))
+        _Exit.of(branch, segments, branch_weight * float(scores[branch.name][0]))
         for branch in branches_of(model.graph)
-        if branch.name in scores
+        if branch.name in scores and branch_weight < math.inf
     ]
     aim = budget
     for _ in range(_ROUNDS):
@@ -158,7 +159,7 @@ class _Exit:
     @classmethod
     def of(cls, branch: Branch, segments: Sequence[_Segment], loss: float) -> _Exit:
         within = [i for i, s in enumerate(segments) if _ends_in(s.group, branch.nodes - {branch.total})]
-        return cls(branch, np.array([0.0, _ABRUPT * loss]), tuple(within))
+        return cls(branch, np.array([0.0, loss]), tuple(within))
 
 
 def _ends_in(group: ChannelGroup, nodes: frozenset[ir.Node]) -> bool:

@@ -24,6 +24,7 @@ from edgewise.optimizer.prune_trial import Task, Trial, planned, scored, try_out
 from edgewise.optimizer.pruning import split_to_prune
 from edgewise.optimizer.recipe import Prune
 from edgewise.passes.branches import branches_of
+from edgewise.passes.channels import ChannelGraph
 from edgewise.passes.infer_shapes import shapes_on
 from edgewise.passes.remove_channels import PrunePlan, RemoveChannels
 from edgewise.runtime.errors import EdgewiseError
@@ -312,6 +313,7 @@ def test_the_wider_the_layers_the_rounder_their_widths(width: int, multiple: int
     assert all(count % multiple == 0 for count in left)
 
 
+SPECS = (TensorSpec("x", np.dtype(np.float32), ("N", 8, 8, 8)),)
 RESIDUAL = """
     g (float[N, 8, 8, 8] x) => (float[N, 8, 8, 8] y)
     {
@@ -331,8 +333,7 @@ def test_a_branch_leaves_only_where_it_is_less_than_what_channels_cost(
     """Whatever its score says: nothing is lost by it here, and much by any channel."""
     weights = {f"w{i}": normal(8, 8, 3, 3, seed=i) for i in (1, 2, 3)}
     model = build(RESIDUAL, 17, **{**weights, "w1": np.float32(strength) * weights["w1"]})
-    specs = (TensorSpec("x", np.dtype(np.float32), ("N", 8, 8, 8)),)
-    samples = from_arrays({"x": normal(96, 8, 8, 8)}, specs)
+    samples = from_arrays({"x": normal(96, 8, 8, 8)}, SPECS)
     parts, macs = split_to_prune(samples, 0), ByMacs(shapes_of(samples[0]))
     options = Prune.model_validate({"score": "fisher", "recover": recover})
     found = scored(model, parts.calibrate, options, 0, 1)
@@ -342,3 +343,23 @@ def test_a_branch_leaves_only_where_it_is_less_than_what_channels_cost(
     assert [len(plan.branches) for plan in planned(task, model, scores, 0.67)] == [1, 0]
     trial = try_out(task, 0.67)
     assert sum(node.op_type == "Add" for node in trial.model.graph) == 1 - branches
+
+
+SECOND = """
+        g = Conv <pads = [1, 1, 1, 1]> (s, w4)
+        t = Add (s, g)
+        c = Conv <pads = [1, 1, 1, 1]> (t, w2)"""
+TWICE = RESIDUAL.replace("\n        c = Conv <pads = [1, 1, 1, 1]> (s, w2)", SECOND)
+
+
+def test_there_are_ways_with_many_branches_and_with_few() -> None:
+    """All within the budget and none of them twice; channels alone do not get there."""
+    model = build(TWICE, 17, **{f"w{i}": normal(8, 8, 3, 3, seed=i) for i in (1, 2, 3, 4)})
+    macs, branches = ByMacs({"x": (1, 8, 8, 8)}), branches_of(model.graph)
+    graph = ChannelGraph.of(model.graph, 17)
+    scores = {group.name: np.ones(group.size) for group in graph.groups}
+    scores |= {branch.name: np.full(1, worth) for branch, worth in zip(branches, (3.0, 5.0), strict=True)}
+    task = dataclasses.replace(make_task(), model=model, pricing=macs)
+    ways = planned(task, model, scores, 0.5)
+    assert [len(plan.branches) for plan in ways] == [2, 1]
+    assert all(price(RemoveChannels(plan).on(model), macs) <= 0.5 * price(model, macs) for plan in ways)

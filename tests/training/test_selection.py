@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -251,6 +252,17 @@ def test_a_branch_stays_that_has_no_score_or_a_high_one() -> None:
     assert select(model, scored(model), cost, 0.6, multiple=1).branches == ()
     dear = {**scored(model), "h": np.array([1e6]), "k": np.array([np.inf])}
     assert select(model, dear, cost, 0.6, multiple=1).branches == ()
+
+
+def test_the_more_a_branch_counts_the_fewer_leave() -> None:
+    """Also one that nothing is lost with stays where all have to."""
+    model = residual()
+    scores: Scores = {**scored(model), "h": np.array([0.0]), "k": np.array([20.0])}
+    by_weight = [
+        select(model, scores, Macs(shapes(model)), 0.4, multiple=1, branch_weight=weight).branches
+        for weight in (1e-3, 1e3, math.inf)
+    ]
+    assert by_weight == [("h", "k"), ("h",), ()]
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.4, 0.6, 0.8, 0.95])
