@@ -2,8 +2,9 @@
 
 Every figure is of one paired run with the file it is held against. At half the MACs channels and branches
 leave for what they save of the time (`--cost latency`), in float or in int8; by the MACs alone is a line of
-its own. Torch-Pruning's result goes through the same exporter, and into int8 by the same `quantize`. Nothing
-is recovered, for numbers do not change how long they take.
+its own. Torch-Pruning's result goes through the same exporter, and into int8 by the same `quantize`. Trained
+nets are refitted, for that tells which of several ways to cut is nearest; nothing learns, for numbers do not
+change how long they take.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from prune_files import (
 RESNETS = ("cifar_resnet20", "cifar_resnet56", "resnet18", "resnet50")
 
 _SLIGHT = 0.95  # of the MACs
-_FEW = 64  # inputs, enough to choose channels and scales for a race
+_FEW = 64  # inputs of seeded nets, enough to choose channels and scales for a race
 _FASTER = 1.7
 _HALF_OURS, _SLIGHT_OURS = "edgewise, half", "edgewise, a twentieth less"
 _BY_MACS = "edgewise, half, by MACs alone"
@@ -52,8 +53,9 @@ def resnet18(folder: Path) -> Net:
 
 def latency_rows(net: Net, setting: Setting) -> list[Row]:
     """A line for every file in float, and one for each of the halves in int8."""
-    few = dataclasses.replace(setting, samples=_FEW)
-    bare = {"recover": "none", "metric": "fidelity"}  # seeded nets have one answer to everything
+    few = dataclasses.replace(setting, samples=_FEW) if net.title else setting
+    recover = "none" if net.title else "closed-form"
+    bare = {"recover": recover, "metric": "fidelity"}  # seeded nets have one answer to everything
     made = {
         _HALF_OURS: ours(net, few, "half", max_macs=HALF, cost="latency", **bare),
         _BY_MACS: ours(net, few, "by-macs", max_macs=HALF, **bare),
