@@ -1,16 +1,19 @@
 """Measure a `WidthTable` on the target.
 
 Layers that compute are timed at a grid of widths, all points of a kind in one model of nothing else: that
-shows where kernels like one width better than the next. The model itself is profiled at a few widths: that
-tells what fusions, layouts and caches make of the layers there, and what lies between them.
+shows where kernels like one width better than the next, with the blocks in which they work where the grid is
+too coarse. The model itself is profiled at a few widths: that tells what fusions, layouts and caches make of
+the layers there, and what lies between them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgewise.optimizer import cache, files
+from edgewise.optimizer.kernel_blocks import Alone, kernel_blocks
 from edgewise.optimizer.layer_models import Grid, empty_nodes, points_of, side_by_side
 from edgewise.optimizer.width_table import Kind, Timing, WidthTable
 from edgewise.passes.channels import ChannelGraph
@@ -97,9 +101,11 @@ def measure_widths(
         empty = _empty(ask)
         layers = [kind.layer for same in kinds.values() for kind in same]
         networks = _networks(model, graph, layers, feed, bench, empty)
+        alone = partial(_alone, opset=opset(model), bench=bench, ask=ask, empty=empty)
+        blocks = kernel_blocks([same[0] for same in kinds.values()], alone)
         for i, (text, same) in enumerate(kinds.items()):
             progress(i + 1, len(kinds) + 1)
-            timings[text] = _timing(same, opset(model), networks, bench, ask, empty)
+            timings[text] = _timing(same, networks, bench, alone, blocks)
     progress(len(kinds) + 1, len(kinds) + 1)
     return WidthTable(
         machine="; ".join(_facts()),
@@ -125,13 +131,19 @@ def _empty(ask: Ask) -> float:
 
 
 def _timing(
-    kinds: Sequence[Kind], opset: int, networks: Sequence[_Network], bench: Bench, ask: Ask, empty: float
+    kinds: Sequence[Kind],
+    networks: Sequence[_Network],
+    bench: Bench,
+    alone: Alone,
+    blocks: Mapping[str, tuple[int, ...]],
 ) -> Timing:
-    """The timing of layers of one kind."""
+    """The timing of layers of one kind; a single axis is that of the output, or like it."""
     grid = _grid(kinds[0], bench.multiple)
-    alone = _alone(kinds[0], grid, opset, bench, ask, empty) if grid else ()
-    timing = Timing(grid if alone else (), alone, ())
-    return Timing(timing.axes, alone, tuple(_curve(timing, kinds, networks)))
+    ms = alone(kinds[0], grid) if grid else ()
+    axes = grid if ms else ()
+    known = blocks.get(kinds[0].layer.node.op_type, ())
+    timing = Timing(axes, ms, (), known[-len(axes) :] if axes and len(axes) <= len(known) else ())
+    return dataclasses.replace(timing, network=tuple(_curve(timing, kinds, networks)))
 
 
 def _grid(kind: Kind, multiple: int) -> Grid:
@@ -158,7 +170,7 @@ def _axis(full: int, channels: int, multiple: int, most: int) -> tuple[int, ...]
     return tuple(every)
 
 
-def _alone(kind: Kind, grid: Grid, opset: int, bench: Bench, ask: Ask, empty: float) -> tuple[float, ...]:
+def _alone(kind: Kind, grid: Grid, *, opset: int, bench: Bench, ask: Ask, empty: float) -> tuple[float, ...]:
     """Milliseconds at every point of the grid; nothing where the layer cannot stand alone.
 
     Times that are known from before are measured once more, for nobody knows what disturbed them then.

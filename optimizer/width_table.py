@@ -22,13 +22,15 @@ class Timing:
     """Milliseconds of one kind of layer.
 
     `alone` are those of the layer in a model of its own at every combination of the widths in `axes`, in C
-    order. `network` leads from there to what it took in the network, in pairs that ascend. For a kind without
+    order. Kernels work in blocks: along an axis all widths up to a multiple of its `blocks` take as long as
+    that. `network` leads from there to what it took in the network, in pairs that ascend. For a kind without
     `axes` its multiply-accumulates, or the bytes that it moves, stand for the time alone.
     """
 
     axes: tuple[tuple[int, ...], ...]
     alone: tuple[float, ...]
     network: tuple[tuple[float, float], ...]
+    blocks: tuple[int, ...] = ()
 
     def at(self, widths: Sequence[int], call: Call) -> float:
         """What a layer takes in the network."""
@@ -44,7 +46,9 @@ class Timing:
 
     def _between(self, widths: Sequence[int]) -> float:
         """From the corners of the cell of the grid in which the widths lie, linear along each axis."""
-        corners = [_cell(axis, width) for axis, width in zip(self.axes, widths, strict=True)]
+        blocks = self.blocks or (1,) * len(self.axes)
+        whole = (-(-width // block) * block for width, block in zip(widths, blocks, strict=True))
+        corners = [_cell(axis, width) for axis, width in zip(self.axes, whole, strict=True)]
         strides = np.cumprod([1, *(len(axis) for axis in self.axes[:0:-1])])[::-1].tolist()
         total = 0.0
         for corner in itertools.product(*corners):
@@ -103,7 +107,10 @@ class WidthTable:
         shapes = MappingProxyType({name: tuple(shape) for name, shape in data["shapes"].items()})
         timings = {
             kind: Timing(
-                tuple(map(tuple, t["axes"])), tuple(t["alone"]), tuple((b, ms) for b, ms in t["network"])
+                tuple(map(tuple, t["axes"])),
+                tuple(t["alone"]),
+                tuple((b, ms) for b, ms in t["network"]),
+                tuple(t["blocks"]),
             )
             for kind, t in data["timings"].items()
         }

@@ -64,6 +64,12 @@ def test_between_points_times_are_linear() -> None:
     assert timing.at((6, 12), NOTHING) == pytest.approx((3 + 6) / 2)
 
 
+def test_within_a_block_a_width_takes_as_long_as_the_block() -> None:
+    timing = Timing(((16, 64), (4, 10)), (1.0, 2.0, 4.0, 8.0), ((8.0, 8.0),), (16, 8))
+    assert timing.at((48, 8), NOTHING) == timing.at((33, 8), NOTHING) > timing.at((32, 8), NOTHING)
+    assert timing.at((64, 9), NOTHING) == timing.at((64, 10), NOTHING) == 8.0
+
+
 def test_beyond_its_ends_a_grid_is_flat() -> None:
     timing = Timing(((4, 8),), (1.0, 2.0), ((2.0, 2.0),))
     assert [timing.at((width,), NOTHING) for width in (2, 4, 9)] == [1.0, 1.0, 2.0]
