@@ -21,7 +21,7 @@ from edgewise.calibration.data import Samples, from_arrays
 from edgewise.optimizer import files, prune, quantize
 from edgewise.optimizer.choice import Objective
 from edgewise.optimizer.inspection import count_macs
-from edgewise.optimizer.recipe import Prune, Quantize, Recipe
+from edgewise.optimizer.recipe import Format, Prune, Quantize, Recipe
 from edgewise.runtime.errors import EdgewiseError
 from edgewise.runtime.evaluate import input_specs
 from edgewise.runtime.foreign import foreign_code
@@ -45,6 +45,7 @@ def ours(
     name: str,
     *,
     int8: bool = False,
+    form: Format = "auto",
     metric: str = "",
     whatever_it_costs: bool = False,
     objective: Objective = "latency",
@@ -53,13 +54,13 @@ def ours(
 ) -> Made:
     """What `edgewise prune` makes of a net by these options, from inputs without labels.
 
-    Some of them judge, or those for `validation`. In int8 it may cost as much of the metric as by default, or
-    `whatever_it_costs`.
+    Some of them judge, or those for `validation`. In int8, stored in a `form`, it may cost as much of the
+    metric as by default, or `whatever_it_costs`.
     """
     out = setting.folder / f"{net.name}.{name}.onnx"
     recipe = Recipe(
         prune=Prune(**by),
-        quantize=Quantize() if int8 else None,
+        quantize=Quantize(format=form) if int8 else None,
         metric=metric or None,
         objective=objective,
         threads=setting.threads,
