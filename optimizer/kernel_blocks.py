@@ -24,19 +24,26 @@ _STRETCH, _STEP = 44, 4
 _FEWEST = 8  # widths of a stretch
 _CLEARLY = 0.5
 
+Blocks = Mapping[tuple[str, bool], int]
+"""By operator, and whether it writes the channels or only reads them."""
 
-def kernel_blocks(kinds: Iterable[Kind], alone: Alone) -> Mapping[str, tuple[int, int]]:
-    """The blocks of each operator, along the channels that it reads and those that it writes.
+
+def kernel_blocks(kinds: Iterable[Kind], alone: Alone) -> Blocks:
+    """The blocks of each operator.
 
     Seen on its narrowest layer that is wide enough, for there a block is most of the time. Operators without
     such a layer are left out.
     """
     shown: dict[str, Kind] = {}
     for kind in sorted(kinds, key=lambda kind: max(map(full_width, kind.variables), default=0)):
-        wide = [full_width(slot) >= _WIDE for slot in kind.variables]
-        if kind.computes and wide == [True, True]:
+        wide = min(map(full_width, kind.variables), default=0) >= _WIDE
+        if kind.computes and wide and sorted(kind.written) == [False, True]:
             shown.setdefault(kind.layer.node.op_type, kind)
-    return {op_type: (_block(kind, 0, alone), _block(kind, 1, alone)) for op_type, kind in shown.items()}
+    return {
+        (op_type, written): _block(kind, axis, alone)
+        for op_type, kind in shown.items()
+        for axis, written in enumerate(kind.written)
+    }
 
 
 def _block(kind: Kind, axis: int, alone: Alone) -> int:

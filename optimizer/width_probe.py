@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgewise.optimizer import cache, files
-from edgewise.optimizer.kernel_blocks import Alone, kernel_blocks
+from edgewise.optimizer.kernel_blocks import Alone, Blocks, kernel_blocks
 from edgewise.optimizer.layer_models import Grid, empty_nodes, points_of, side_by_side
 from edgewise.optimizer.width_table import Kind, Timing, WidthTable
 from edgewise.passes.channels import ChannelGraph
@@ -135,14 +135,14 @@ def _timing(
     networks: Sequence[_Network],
     bench: Bench,
     alone: Alone,
-    blocks: Mapping[str, tuple[int, ...]],
+    blocks: Blocks,
 ) -> Timing:
-    """The timing of layers of one kind; a single axis is that of the output, or like it."""
-    grid = _grid(kinds[0], bench.multiple)
-    ms = alone(kinds[0], grid) if grid else ()
-    axes = grid if ms else ()
-    known = blocks.get(kinds[0].layer.node.op_type, ())
-    timing = Timing(axes, ms, (), known[-len(axes) :] if axes and len(axes) <= len(known) else ())
+    """The timing of layers of one kind."""
+    kind = kinds[0]
+    grid = _grid(kind, bench.multiple)
+    ms = alone(kind, grid) if grid else ()
+    known = tuple(blocks.get((kind.layer.node.op_type, written), 1) for written in kind.written)
+    timing = Timing(grid, ms, (), known) if ms else Timing((), (), ())
     return dataclasses.replace(timing, network=tuple(_curve(timing, kinds, networks)))
 
 

@@ -147,6 +147,12 @@ class Kind:
         full = {slot: full_width(slot) for slot in self.layer.slots}
         return bool(full and macs(self.layer.call(full)))
 
+    @property
+    def written(self) -> tuple[bool, ...]:
+        """Of each variable whether what the layer writes is as wide, rather than only what it reads."""
+        written = {self._of[slot][0] for tensor in self.layer.outputs for slot in tensor.slots}
+        return tuple(i in written for i in range(len(self.variables)))
+
     def widths(self, values: Sequence[int]) -> Widths:
         """The widths of all slots when the variables have these."""
         return {slot: int(values[i] * ratio) for slot, (i, ratio) in self._of.items()}
