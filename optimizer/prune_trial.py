@@ -31,7 +31,7 @@ from edgewise.training.selection import select, uniform
 
 _WIDE = 256  # channels: from there on kernels want round widths, and narrower layers lose much by them
 _ROUND, _FINE = 8, 4
-_BRANCH_WEIGHTS = (0.5, 1.0, 1.5, math.inf)  # so many times its score a branch counts
+_BRANCH_WEIGHTS = (0.5, 1.0, 1.5, math.inf)  # times its score that a branch counts
 _FITTED = {"reestimate": "statistics and biases"}
 _SCORING = 512  # samples that score channels and refit layers: more tell little new
 _BATCH = 64
@@ -104,12 +104,12 @@ def planned(task: Task, model: ir.Model, scores: Scores, budget: float) -> Plans
         return (uniform(model, scores, 1 - budget),)
     widest = max((len(worth) for worth in scores.values()), default=0)
     cost, multiple = task.pricing(model), _ROUND if widest >= _WIDE else _FINE
-    plans = [select(model, scores, cost, budget, multiple=multiple, branch_weight=_BRANCH_WEIGHTS[0])]
-    for weight in _BRANCH_WEIGHTS[1:] if plans[0].branches else ():
+    most, *fewer = _BRANCH_WEIGHTS
+    plans = [select(model, scores, cost, budget, multiple=multiple, branch_weight=most)]
+    for weight in fewer if plans[0].branches else ():
         with suppress(EdgewiseError):  # with so few branches the budget is not reached
-            plan = select(model, scores, cost, budget, multiple=multiple, branch_weight=weight)
-            plans += [plan] * (plan not in plans)
-    return tuple(plans)
+            plans.append(select(model, scores, cost, budget, multiple=multiple, branch_weight=weight))
+    return tuple(plan for i, plan in enumerate(plans) if plan not in plans[:i])
 
 
 @dataclass(frozen=True, eq=False)
