@@ -1,4 +1,4 @@
-"""The blocks in which kernels work, seen in times that are made up and in those of this machine."""
+"""The blocks in which kernels work, seen in times that are made up."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def net(width: int) -> ir.Model:
     return build(TEXT, **weights)
 
 
-def kinds(model: ir.Model) -> list[Kind]:
+def kinds(model: ir.Model, shape: tuple[int, ...] = (1, 3, 6, 6)) -> list[Kind]:
     graph = ChannelGraph.of(model.graph, opset(model))
-    return [Kind.of(graph, layer) for layer in layers_of(graph, shapes_on(model, {"x": (1, 3, 6, 6)}))]
+    return [Kind.of(graph, layer) for layer in layers_of(graph, shapes_on(model, {"x": shape}))]
 
 
 def both(blocks: Blocks) -> tuple[int, int]:
@@ -105,9 +105,7 @@ def test_blocks_are_of_what_is_read_and_written_in_whatever_order_they_come() ->
         y = MatMul(w3, b)
     }
     """
-    model = build(text, w1=normal(64, 3), w2=normal(64, 64), w3=normal(5, 64))
-    graph = ChannelGraph.of(model.graph, opset(model))
-    found = [Kind.of(graph, layer) for layer in layers_of(graph, shapes_on(model, {"x": (3, 7)}))]
+    found = kinds(build(text, w1=normal(64, 3), w2=normal(64, 64), w3=normal(5, 64)), (3, 7))
     assert [kind.written for kind in found] == [(True, False)] * 3
     _, alone = stairs(8, 16)  # of the axes in their order
     assert kernel_blocks(found, alone) == {("MatMul", True): 8, ("MatMul", False): 16}
