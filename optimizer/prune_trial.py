@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
-from edgewise.calibration.data import Samples
+from edgewise.optimizer.grading import graded
 from edgewise.optimizer.int8 import Split
 from edgewise.optimizer.ladder import report
 from edgewise.optimizer.parallel import pack, unpack
@@ -24,7 +24,7 @@ from edgewise.optimizer.yardstick import Yardstick
 from edgewise.passes.channel_links import Indices
 from edgewise.passes.remove_channels import PrunePlan, RemoveChannels, survivors
 from edgewise.runtime.errors import EdgewiseError
-from edgewise.training.importance import Scores, score
+from edgewise.training.importance import BY_GRADIENTS, Scores, score
 from edgewise.training.options import DivergedError, Epoch, History, TrainOptions
 from edgewise.training.refit import recover_closed_form, reestimate
 from edgewise.training.selection import select, uniform
@@ -88,10 +88,23 @@ def try_out(task: Task, budget: float, progress: Progress = no_progress) -> Tria
     return Trial(budget, now.model, now.steps, now.history)
 
 
-def scored(model: ir.Model, task_samples: Samples, options: Prune, seed: int, threads: int | None) -> Scores:
-    """What the channels of a model are worth, on as many samples as that takes."""
-    few = task_samples.take(range(min(len(task_samples), _SCORING)))
-    return score(model, options.score, few, seed=seed, threads=threads, memory=options.memory)
+def scored(
+    model: ir.Model,
+    parts: Split,
+    options: Prune,
+    seed: int,
+    threads: int | None,
+    progress: Progress = no_progress,
+) -> Scores:
+    """What the channels of a model are worth, on as many samples as that takes.
+
+    What gradients tell is graded by what a refit gives back, where there will be one.
+    """
+    few = parts.calibrate.take(range(min(len(parts.calibrate), _SCORING)))
+    found = score(model, options.score, few, seed=seed, threads=threads, memory=options.memory)
+    if options.score not in BY_GRADIENTS or options.recover == "none" or options.ratio is not None:
+        return found
+    return graded(model, found, parts, threads=threads, memory=options.memory, progress=progress)
 
 
 def planned(task: Task, model: ir.Model, scores: Scores, budget: float) -> Plans:
@@ -175,7 +188,7 @@ class _Step:
 
     def _scores(self) -> Scores:
         task = self.task
-        return scored(self.before.model, task.parts.calibrate, task.options, task.seed, task.threads)
+        return scored(self.before.model, task.parts, task.options, task.seed, task.threads, self.progress)
 
     def _kept(self, plan: PrunePlan) -> Kept:
         """What is left of the values of the task's model, of which some may have left before."""

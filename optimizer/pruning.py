@@ -324,7 +324,7 @@ def find_pruned(
         )
     ready, prepared = run_passes(original, [parse(spec) for spec in PREPARATION], reference)
     progress("what every channel is worth", 0, 1)
-    scores = scored(ready, parts.calibrate, options, recipe.seed, recipe.threads)
+    scores = scored(ready, parts, options, recipe.seed, recipe.threads, progress)
     feed = next(iter(parts.calibrate))
     macs = ByMacs(shapes_of(feed))
     progress("what every channel costs", 0, 1)

@@ -42,7 +42,7 @@ def make_task(width: int = 32, count: int = 64, **options: Any) -> Task:
     chosen = Prune.model_validate({"score": "magnitude-l2", "effort": EFFORT, **options})
     parts = split_to_prune(samples, 0)
     macs = ByMacs(shapes_of(next(iter(samples))))
-    scores = scored(model, parts.calibrate, chosen, 0, 1)
+    scores = scored(model, parts, chosen, 0, 1)
     return Task(model, parts, scores, macs, macs, chosen, threads=1)
 
 
@@ -336,7 +336,7 @@ def test_a_branch_leaves_only_where_it_is_less_than_what_channels_cost(
     samples = from_arrays({"x": normal(96, 8, 8, 8)}, SPECS)
     parts, macs = split_to_prune(samples, 0), ByMacs(shapes_of(samples[0]))
     options = Prune.model_validate({"score": "fisher", "recover": recover})
-    found = scored(model, parts.calibrate, options, 0, 1)
+    found = scored(model, parts, options, 0, 1)
     (branch,) = (one.name for one in branches_of(model.graph))
     scores = {**{name: worth + 1 for name, worth in found.items()}, branch: np.zeros(1)}
     task = Task(model, parts, scores, macs, macs, options, threads=1)
