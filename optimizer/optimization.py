@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from edgewise.calibration.data import Samples
 from edgewise.calibration.partial import kept_beside
@@ -96,6 +97,7 @@ def run_job(
         kept_beside(output) as kept,
         kept_beside(output, "trials") as trials,
         np.errstate(all="ignore"),  # what overflows is judged like all else
+        threadpool_limits(recipe.threads, "blas"),
     ):
         scratch, given = Path(folder), dataclasses.replace(given, kept=kept, trials=trials)
         start = begin(as_file(model, inputs, scratch, seed=recipe.seed), data, recipe, validation)

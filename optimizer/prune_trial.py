@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from edgewise.optimizer.grading import graded
 from edgewise.optimizer.int8 import Split
@@ -74,7 +75,9 @@ class Trial:
 
 def work(shared: bytes, budget: float) -> bytes:
     """One trial by a worker."""
-    return pack(try_out(unpack(shared), budget))
+    task: Task = unpack(shared)
+    with threadpool_limits(task.threads, "blas"):
+        return pack(try_out(task, budget))
 
 
 def try_out(task: Task, budget: float, progress: Progress = no_progress) -> Trial:

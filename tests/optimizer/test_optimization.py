@@ -11,6 +11,7 @@ import onnx
 import pytest
 import zoo
 from answers import measured
+from threadpoolctl import threadpool_info
 
 from edgewise.optimizer import files, optimization
 from edgewise.optimizer.optimization import optimize
@@ -98,6 +99,27 @@ def test_output_says_how_it_was_made(model_path: Path, tmp_path: Path, data: str
     assert metadata["edgewise.input.sha256"] == files.sha256(model_path) == report.input.sha256
     assert metadata["edgewise.table"] == report.table
     assert Recipe.model_validate_json(metadata["edgewise.recipe"]) == QUICK
+
+
+def blas_threads() -> list[int]:
+    return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+
+@pytest.mark.parametrize("threads", [1, None])
+def test_numpy_takes_as_many_threads_as_it_may(
+    threads: int | None, model_path: Path, tmp_path: Path, data: str
+) -> None:
+    """And all of those that it had before where nobody says."""
+    seen: list[int] = []
+    before = blas_threads()
+    recipe = Recipe(benchmark=None, threads=threads)
+
+    def listen(*_: object) -> None:
+        seen.extend(blas_threads())
+
+    optimize(model_path, tmp_path / "out.onnx", data=data, recipe=recipe, progress=listen)
+    assert set(seen) == ({threads} if threads else set(before))
+    assert blas_threads() == before
 
 
 def test_measured_result_is_not_slower(model_path: Path, tmp_path: Path, data: str) -> None:

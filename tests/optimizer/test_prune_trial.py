@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from threadpoolctl import threadpool_info
 
 pytest.importorskip("torch", reason="a trial may distil")
 
@@ -286,6 +287,18 @@ def test_a_worker_gives_what_a_trial_here_gives() -> None:
     feed = next(iter(task.parts.judge))
     outputs = [Evaluator(model).run(feed)["y"] for model in (there.model, here.model)]
     np.testing.assert_array_equal(*outputs)
+
+
+def test_a_worker_keeps_to_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several of them share the cores, and numpy would take all of them in each."""
+    seen: list[int] = []
+
+    def listen(task: Task, budget: float) -> None:
+        seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+
+    monkeypatch.setattr(prune_trial, "try_out", listen)
+    work(pack(make_task()), 0.5)
+    assert set(seen) == {1}
 
 
 def test_a_budget_that_cannot_be_reached_is_named() -> None:
