@@ -42,7 +42,7 @@ _BY_MACS = "edgewise, half, by MACs alone"
 _HALF_THEIRS, _ROUND_THEIRS = "Torch-Pruning, half", "Torch-Pruning, half, multiples of 8"
 _TOGETHER, _INT8 = "pruned and int8", "int8 alone"
 _FASTER_TOGETHER, _SMALLER, _POINT = 1.3, 6.0, 1.0
-_EFFORT, _TRIALS = 5, 4  # of 1 and 6: few amounts, learned for long
+_EFFORT, _TRIALS = 12, 3  # of 1 and 6: few amounts, learned for long
 
 
 def resnet18(folder: Path) -> Net:
