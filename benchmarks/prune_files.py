@@ -46,6 +46,7 @@ def ours(
     *,
     int8: bool = False,
     form: Format = "auto",
+    short_names: bool = False,
     metric: str = "",
     whatever_it_costs: bool = False,
     objective: Objective = "latency",
@@ -63,6 +64,7 @@ def ours(
         quantize=Quantize(format=form) if int8 else None,
         metric=metric or None,
         objective=objective,
+        short_names=short_names,
         threads=setting.threads,
     )
     if whatever_it_costs:

@@ -26,6 +26,7 @@ from edgewise.passes.base import Pass
 from edgewise.passes.convert_floats import ConvertFloats
 from edgewise.passes.quantize_dynamic import QuantizeDynamic
 from edgewise.passes.quantize_weights import QuantizeWeights
+from edgewise.passes.shorten_names import ShortenNames
 from edgewise.passes.store_weights import StoreWeights
 from edgewise.passes.to_qoperator import ToQOperator
 from edgewise.runtime.errors import EdgewiseError, InputError
@@ -107,7 +108,16 @@ class Made:
 
 
 def make_candidates(start: Start, recipe: Recipe, given: Given, progress: Progress) -> Made:
-    """Run the exact chain and, as far as samples and formats allow, what is lossy."""
+    """Run the exact chain and, as far as samples and formats allow, what is lossy; then shorten the names."""
+    made = _made(start, recipe, given, progress)
+    for name, model in made.models.items() if recipe.short_names else ():
+        if name != INPUT:
+            reference = Reference(model, made.feeds, threads=recipe.threads)
+            made = made.plus(name, run_step(model, ShortenNames(), reference))
+    return made
+
+
+def _made(start: Start, recipe: Recipe, given: Given, progress: Progress) -> Made:
     original = start.adapted.model
     reference = Reference(original, start.feeds, threads=recipe.threads)
     exact, steps = run_passes(original, recipe.chain, reference, progress=progress)

@@ -168,6 +168,7 @@ Runtime = Annotated[
     str | None, typer.Option(metavar="VERSION", help="Write what onnxruntime of this version reads: 1.16.")
 ]
 Strip = Annotated[bool, typer.Option("--strip", help="Remove documentation and exporters' notes.")]
+ShortNames = Annotated[bool, typer.Option("--short-names", help="Name layers and values a, b, ...")]
 Emit = Annotated[
     str | None, typer.Option(metavar="FORMAT", help="Write onnxruntime's own format beside it: ort.")
 ]
@@ -325,6 +326,7 @@ def optimize(
     uint8_input: Uint8Input = None,
     runtime: Runtime = None,
     strip: Strip = False,
+    short_names: ShortNames = False,
     emit: Emit = None,
     fuse_for_onnxruntime: Fusions = None,
     recipe: RecipeFile = None,
@@ -358,6 +360,7 @@ def optimize(
         uint8_input=uint8_input,
         runtime=runtime,
         strip=strip or None,
+        short_names=short_names or None,
         emit=emit,
         fuse_for_onnxruntime=fuse_for_onnxruntime,
         metric=metric,

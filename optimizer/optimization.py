@@ -230,9 +230,10 @@ def _explained(
 ) -> Report:
     """The report with what takes time to find out and only a page shows: images, noise by layer, profiles."""
     result = dataclasses.replace(result, images=_drawn(made, result.chosen, recipe, progress))
-    if result.chosen == INT8 and made.int8 is not None:  # the noise of exact passes is rounding
-        progress("noise of every layer", 0, 0)
-        noise = layer_noise(made.int8.in_float, made.models[INT8], made.feeds, threads=recipe.threads)
+    int8 = None if made.int8 is None else made.int8.model  # as it was planned: forms and names may differ
+    if result.chosen == INT8 and made.int8 is not None and int8 is not None:
+        progress("noise of every layer", 0, 0)  # that of exact passes is rounding
+        noise = layer_noise(made.int8.in_float, int8, made.feeds, threads=recipe.threads)
         costs = made.int8.sensitivity or node_noise(
             made.int8.in_float, made.int8.plan, samples, threads=recipe.threads, progress=progress
         )

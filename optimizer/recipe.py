@@ -161,7 +161,8 @@ class Recipe(_Frozen):
     What a device needs of the file is done first, and whatever else is done starts from there: open
     dimensions get a size (`fix_dims`: batch=1), `outputs` are kept and all others cut, the image input
     takes raw pixels in the layout `uint8_input` and is normalized inside as `preprocess` says, the file is
-    held at what the onnxruntime of version `runtime` reads, and with `strip` debug strings are removed.
+    held at what the onnxruntime of version `runtime` reads, and with `strip` debug strings are removed. With
+    `short_names` the names inside become short at the very end.
     `emit` names a format that is written beside the .onnx file. `fuse_for_onnxruntime` names a kind of
     transformer, bert or bert{heads: 12, hidden: 768}: onnxruntime's own fusions then come first, and the
     file runs on onnxruntime only.
@@ -178,6 +179,7 @@ class Recipe(_Frozen):
     uint8_input: Literal["nchw", "nhwc"] | None = None
     runtime: str | None = None
     strip: bool = False
+    short_names: bool = False
     emit: Literal["ort"] | None = None
     fuse_for_onnxruntime: str | None = None
     metric: str | None = None

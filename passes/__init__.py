@@ -53,6 +53,7 @@ from edgewise.passes.prune_channels import PruneChannels
 from edgewise.passes.push_transposes import PushTransposes
 from edgewise.passes.quantize_dynamic import QuantizeDynamic
 from edgewise.passes.quantize_weights import QuantizeWeights
+from edgewise.passes.shorten_names import ShortenNames
 from edgewise.passes.smooth_inputs import SmoothInputs
 from edgewise.passes.split_before_transpose import SplitBeforeTranspose
 from edgewise.passes.split_conv_transpose import SplitConvTranspose
@@ -116,6 +117,7 @@ _ALL: tuple[type[Pass], ...] = (
     ConvertFloats,
     LowerOpset,
     StripDebug,
+    ShortenNames,
     FixDimensions,
     KeepOutputs,
     Uint8Input,

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_info
 
 from edgewise.optimizer import files, optimization
 from edgewise.optimizer.optimization import optimize
-from edgewise.optimizer.recipe import Benchmark, Recipe
+from edgewise.optimizer.recipe import Benchmark, Format, Recipe
 from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Evaluator
 from edgewise.runtime.latency import LatencyReport
@@ -128,6 +128,25 @@ def test_measured_result_is_not_slower(model_path: Path, tmp_path: Path, data: s
     assert report.latency is not None
     verdicts = {ratio.name: ratio.verdict for ratio in report.latency.ratios}
     assert verdicts.get(report.chosen) != "slower"
+
+
+@pytest.mark.parametrize("format_", ["auto", "qoperator"])
+def test_short_names(format_: Format, model_path: Path, tmp_path: Path, data: str) -> None:
+    """Given at the very end: the report tells the noise of layers under the names that people know."""
+    recipe, files_ = QUICK.with_options(quantize={"format": format_}), {}
+    for name, short in (("long", False), ("short", True)):
+        files_[name] = tmp_path / f"{name}.onnx"
+        asked = recipe.model_copy(update={"short_names": short})
+        report = optimize(model_path, files_[name], data=data, recipe=asked, report=tmp_path / name)
+        assert report.chosen == "int8"
+        assert {layer.value for layer in report.layers} >= {"scores"}
+        assert (
+            any(step.step == "shorten-names" and step.status == "applied" for step in report.steps) == short
+        )
+    long, short_ = (onnx.load(path).graph for path in files_.values())
+    assert [node.op_type for node in short_.node] == [node.op_type for node in long.node]
+    assert max(len(node.name) for node in short_.node if node.name != "scores") <= 2
+    assert files_["short"].stat().st_size < files_["long"].stat().st_size
 
 
 def test_bound_rolls_int8_back(model_path: Path, tmp_path: Path, data: str) -> None:

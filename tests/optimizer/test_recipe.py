@@ -23,6 +23,7 @@ FULL = Recipe(
     uint8_input="nhwc",
     runtime="1.16",
     strip=True,
+    short_names=True,
     emit="ort",
     metric="top1",
     max_drop=0.02,
