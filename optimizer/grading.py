@@ -11,15 +11,19 @@ import onnx_ir as ir
 
 from edgewise.optimizer.int8 import Split
 from edgewise.optimizer.pipeline import Progress
+from edgewise.optimizer.pricing import ByMacs, price, shapes_of
 from edgewise.optimizer.yardstick import Yardstick
 from edgewise.passes.branches import branches_of
 from edgewise.passes.channels import ChannelGraph
 from edgewise.passes.graph import opset
 from edgewise.passes.remove_channels import PrunePlan, RemoveChannels
+from edgewise.runtime.evaluate import Feed
 from edgewise.training.importance import Scores
 from edgewise.training.refit import reestimate
 
 _SAMPLES = 32  # a scale and a bias for every output take few, and so does the noise of a whole model
+_FEWEST = 8  # of a large one, whose samples have more positions
+_WORK = 1e12  # multiply-accumulates of one run of the model for every sample and refit, before it is fewer
 
 
 def graded(
@@ -33,17 +37,24 @@ def graded(
     each branch, every time alone, and the noise is measured before and after. Where it cannot be, as where
     nothing leaves or nothing changes, the median of the others stands for it.
     """
-    few, left = parts.at_most(_SAMPLES), dict[str, float]()
-    yardstick = Yardstick(model, few.choose, threads=threads)
-    plans = dict(_alone(model, scores))
+    plans, left = dict(_alone(model, scores)), dict[str, float]()
+    few = range(_how_many(model, parts.calibrate[0], len(plans)))
+    learn, choose = (s.take(few[: len(s)]) for s in (parts.calibrate, parts.choose))
+    yardstick = Yardstick(model, choose, threads=threads)
     for done, (name, plan) in enumerate(plans.items()):
         progress("what a refit gives back", done, len(plans))
-        fitted = reestimate(model, plan, few.calibrate, threads=threads, memory=memory)
+        fitted = reestimate(model, plan, learn, threads=threads, memory=memory)
         gained = yardstick.decibels(fitted) - yardstick.decibels(RemoveChannels(plan).on(model))
         if math.isfinite(gained):
             left[name] = 10 ** (-max(gained, 0.0) / 10)
     usual = float(np.median([*left.values()])) if left else 1.0
     return MappingProxyType({name: worth * left.get(name, usual) for name, worth in scores.items()})
+
+
+def _how_many(model: ir.Model, feed: Feed, refits: int) -> int:
+    """Samples for each refit."""
+    work = price(model, ByMacs(shapes_of(feed))) * max(refits, 1)
+    return min(_SAMPLES, max(_FEWEST, round(_WORK / work)))
 
 
 def _alone(model: ir.Model, scores: Scores) -> Iterator[tuple[str, PrunePlan]]:

@@ -10,13 +10,15 @@ import onnx_ir as ir
 import pytest
 from rewrites import build, normal
 
-from edgewise.calibration.data import from_arrays
+from edgewise.calibration.data import Samples, from_arrays
+from edgewise.optimizer import grading
 from edgewise.optimizer.grading import graded
 from edgewise.optimizer.pipeline import no_progress
 from edgewise.optimizer.prune_trial import scored
 from edgewise.optimizer.pruning import split_to_prune
 from edgewise.optimizer.recipe import Prune
 from edgewise.passes.channels import ChannelGraph
+from edgewise.passes.remove_channels import PrunePlan, RemoveChannels
 from edgewise.runtime.evaluate import TensorSpec
 from edgewise.training.importance import score
 
@@ -105,3 +107,19 @@ def test_gradients_are_graded_where_a_refit_follows(options: dict[str, object], 
     found = scored(model, PARTS, asked, 0, 1, lambda stage, done, total: told.append(stage))
     assert any((found[name] != worth).any() for name, worth in bare.items()) == is_graded
     assert bool(told) == is_graded
+
+
+@pytest.mark.parametrize(("work", "count"), [(1e12, 32), (1e4, 8)])
+def test_a_large_model_is_refitted_on_fewer_samples(
+    work: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+
+    def listen(model: ir.Model, plan: PrunePlan, samples: Samples, **_: object) -> ir.Model:
+        seen.add(len(samples))
+        return RemoveChannels(plan).on(model)
+
+    monkeypatch.setattr(grading, "_WORK", work)
+    monkeypatch.setattr(grading, "reestimate", listen)
+    grades(net(first=1.0, bias=1.0))
+    assert seen == {count}
