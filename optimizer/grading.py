@@ -47,7 +47,7 @@ def graded(
         gained = yardstick.decibels(fitted) - yardstick.decibels(RemoveChannels(plan).on(model))
         if math.isfinite(gained):
             left[name] = 10 ** (-max(gained, 0.0) / 10)
-    usual = float(np.median([*left.values()])) if left else 1.0
+    usual = float(np.median(list(left.values()))) if left else 1.0
     return MappingProxyType({name: worth * left.get(name, usual) for name, worth in scores.items()})
 
 

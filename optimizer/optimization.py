@@ -230,18 +230,20 @@ def _explained(
 ) -> Report:
     """The report with what takes time to find out and only a page shows: images, noise by layer, profiles."""
     result = dataclasses.replace(result, images=_drawn(made, result.chosen, recipe, progress))
-    int8 = None if made.int8 is None else made.int8.model  # as it was planned: forms and names may differ
-    if result.chosen == INT8 and made.int8 is not None and int8 is not None:
-        progress("noise of every layer", 0, 0)  # that of exact passes is rounding
-        noise = layer_noise(made.int8.in_float, int8, made.feeds, threads=recipe.threads)
-        costs = made.int8.sensitivity or node_noise(
-            made.int8.in_float, made.int8.plan, samples, threads=recipe.threads, progress=progress
+    found = made.int8
+    if result.chosen == INT8 and found is not None and found.model is not None:
+        progress(
+            "noise of every layer", 0, 0
+        )  # under the names of the plan; that of exact passes is rounding
+        noise = layer_noise(found.in_float, found.model, made.feeds, threads=recipe.threads)
+        costs = found.sensitivity or node_noise(
+            found.in_float, found.plan, samples, threads=recipe.threads, progress=progress
         )
         result = dataclasses.replace(result, layers=noise, sensitivity=costs)
     if recipe.benchmark is None:
         return result
     try:
-        found = profile(
+        profiles = profile(
             paths,
             provider=recipe.target,
             threads=recipe.threads,
@@ -251,7 +253,7 @@ def _explained(
         )
     except EdgewiseError as failure:  # the work is done: what explains it may be missing
         return dataclasses.replace(result, notes=(*result.notes, f"no profile: {failure}"))
-    return dataclasses.replace(result, profiles=found)
+    return dataclasses.replace(result, profiles=profiles)
 
 
 def _drawn(made: Made, chosen: str, recipe: Recipe, progress: Progress) -> Pictures | None:
