@@ -232,9 +232,8 @@ def _explained(
     result = dataclasses.replace(result, images=_drawn(made, result.chosen, recipe, progress))
     found = made.int8
     if result.chosen == INT8 and found is not None and found.model is not None:
-        progress(
-            "noise of every layer", 0, 0
-        )  # under the names of the plan; that of exact passes is rounding
+        # Under the names of the plan, which the file may have lost. That of exact passes is rounding.
+        progress("noise of every layer", 0, 0)
         noise = layer_noise(found.in_float, found.model, made.feeds, threads=recipe.threads)
         costs = found.sensitivity or node_noise(
             found.in_float, found.plan, samples, threads=recipe.threads, progress=progress
