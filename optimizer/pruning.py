@@ -67,9 +67,11 @@ _MOST_JUDGES = 1000
 _FEW_JUDGES = 64
 _MOST_CHOOSING = 200
 _SECONDS = 4.0  # for a latency that is only a step towards the bound
-_FIRST = 0.5  # of the cost: the amount that is tried first
+_FIRST = 0.5**0.5  # of the cost: the amount that is tried first
+_INSIDE = 0.25  # of the way between two amounts: the next one is no nearer to either
 _CLOSE = 1.08  # amounts that are nearer to each other are not worth a trial between them
 _NEAR = 0.97  # of a limit: near enough
+_OF_THE_SEARCH = {"min_metric", "trials", "best_effort", "candidates", "workers", "ray"}  # not of a trial
 _STEPS = 6  # towards a limit that has to be measured
 _EASIER = 1.25
 
@@ -111,15 +113,12 @@ class Search:
         """Trials around the smallest amount that keeps the bound on the metric."""
         done: list[tuple[Plans, Trial, Amount]] = []
         amounts: list[Amount] = []
-        least, why, at_once = 0.0, "", self.options.workers or 1
+        least, why = 0.0, ""
         while len(done) < self.options.trials:
-            passed = min((a.budget for a in amounts if a.keeps_bound), default=1.0)
-            failed = max((a.budget for a in amounts if a.budget < passed), default=least)
-            if failed and passed / failed < _CLOSE:
+            if not (budgets := self._next(amounts, least)):
                 break
-            step = (passed / (failed or passed * _FIRST**2)) ** (1 / (at_once + 1))
             plans: dict[float, Plans] = {}
-            for budget in (passed / step ** (i + 1) for i in range(at_once)):
+            for budget in budgets:
                 try:
                     plans[budget] = self._planned(budget)
                 except EdgewiseError as error:  # so few channels cannot stay
@@ -132,6 +131,21 @@ class Search:
         if not done:
             raise EdgewiseError(why)
         return [(trial, amount) for _, trial, amount in done]
+
+    def _next(self, amounts: Sequence[Amount], least: float) -> list[float]:
+        """Budgets around where the bound is likely to lie; none where what is known is near enough.
+
+        `least` is too little for any plan.
+        """
+        kept = min((a for a in amounts if a.keeps_bound), key=lambda a: a.budget, default=None)
+        high = kept.budget if kept else 1.0
+        lost = max((a for a in amounts if a.budget < high), key=lambda a: a.budget, default=None)
+        low = lost.budget if lost else least
+        if low and high / low < _CLOSE:
+            return []
+        spare = max((kept.worst if kept else self.judge.before) - self.judge.floor, 0.0)
+        crossing = spare / (spare + self.judge.floor - lost.worst) if lost else 0.5
+        return _between(high, low or high * _FIRST**2, crossing, self.options.workers or 1)
 
     def for_cost(self, cost: Cost, limit: float) -> list[tuple[Trial, Amount]]:
         """The trial of about the largest budget that brings `cost` down to `limit`."""
@@ -266,6 +280,16 @@ def _speedups(
     return {ratio.name: ratio.speedup for ratio in found.ratios}
 
 
+def _between(high: float, low: float, crossing: float, count: int) -> list[float]:
+    """So many budgets between two, the middle one at the `crossing`: a share of the way, in logarithms, down.
+
+    It is not believed where it is near an end, for a score says little of scores far away.
+    """
+    middle = min(max(crossing, _INSIDE), 1 - _INSIDE)
+    shares = np.interp(np.arange(1, count + 1) / (count + 1), (0, 0.5, 1), (0, middle, 1))
+    return [float(high * (low / high) ** share) for share in shares]
+
+
 def _distinct(plans: Mapping[float, Plans], known: Sequence[Plans]) -> list[float]:
     """The budgets of plans that are not known, one for each plan."""
     told = list(plans)
@@ -357,7 +381,8 @@ def _write_all(search: Search, tried: Sequence[tuple[Trial, Amount]], folder: Pa
 def _folder(task: Task, recipe: Recipe, root: Path) -> Path:
     """Where trials of just this task are kept: another model, other samples or options have another place."""
     origin = Origin.of(task.model, (), task.parts.calibrate)
-    said = f"{origin} {task.options} {task.seed} {_counted(recipe)} {recipe.quantize}"
+    options = task.options.model_dump(exclude=_OF_THE_SEARCH)
+    said = f"{origin} {options} {task.seed} {_counted(recipe)} {recipe.quantize}"
     folder = root / hashlib.sha256(said.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder

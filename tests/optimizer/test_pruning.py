@@ -106,6 +106,18 @@ def test_what_is_saved_is_what_the_bound_or_the_objective_is_about(
     assert pruning._counted(recipe) == counted
 
 
+@pytest.mark.parametrize(
+    ("crossing", "middle"),
+    [(0.5, 0.5), (0.4, 0.574), (0.0, 0.707), (1.0, 0.354)],  # 0.25 ** (0.5, 0.4, 0.25, 0.75)
+)
+def test_the_next_amount_is_where_the_bound_is_expected(crossing: float, middle: float) -> None:
+    (one,) = pruning._between(1.0, 0.25, crossing, 1)
+    assert one == pytest.approx(middle, abs=1e-3)
+    many = pruning._between(1.0, 0.25, crossing, 3)
+    assert many[1] == pytest.approx(one)
+    assert 1.0 > many[0] > many[1] > many[2] > 0.25
+
+
 LITTLE, MUCH = (
     Amount(b, b, 1000, size, 0.9, None, True, x) for b, size, x in ((0.2, 900, 2.0), (0.5, 500, 1.5))
 )
