@@ -124,7 +124,7 @@ class Search:
                 except EdgewiseError as error:  # so few channels cannot stay
                     least, why = max(least, budget), str(error)
             new = _distinct(plans, [plan for plan, _, _ in done])
-            done += [(plans[t.budget], t, a) for t, a in self.tried(new)]
+            done += [(plans[b], t, a) for b, (t, a) in zip(new, self.tried(new), strict=True)]
             for budget, wanted in plans.items():  # widths come in steps: two budgets may be one plan
                 amount = next(a for plan, _, a in done if plan == wanted)
                 amounts.append(dataclasses.replace(amount, budget=budget))

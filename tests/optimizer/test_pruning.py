@@ -166,7 +166,7 @@ def test_the_same_seed_gives_the_same_file(digits: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow  # several searches
 def test_an_interrupted_search_goes_on(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was tried before the interrupt is not tried again, though fewer are wanted now, and the end is the same."""
+    """What was tried is not tried again, though fewer amounts are wanted now, and the end is the same."""
     options = {"max_drop": 0.02, "trials": 2, "recover": "reestimate"}
     pruned(digits, tmp_path / "whole.onnx", **options)
     tried: list[float] = []
