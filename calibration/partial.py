@@ -191,18 +191,20 @@ def collect_in(
 
 
 @contextmanager
-def kept_beside(output: Path, what: str = "table") -> Iterator[Path]:
+def kept_beside(
+    output: Path, what: str = "table", *, after: type[BaseException] = KeyboardInterrupt
+) -> Iterator[Path]:
     """Where a job that writes `output` keeps its table, or its folder of `what`.
 
-    Only an interrupted job leaves it behind.
+    Only a job that ends by `after` leaves it behind, for the next one to go on from.
     """
     path = output.with_name(f"{output.name}.{what}.part")
-    interrupted = False
+    done = True
     try:
         yield path
-    except KeyboardInterrupt:
-        interrupted = True
+    except after:
+        done = False
         raise
     finally:
-        if not interrupted:
+        if done:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

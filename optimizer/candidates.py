@@ -151,7 +151,10 @@ def _pruned(
         start.adapted.model, parts, judge, reference, recipe, folder=given.trials, progress=progress
     )
     if found.model is None and given.pruned:
-        raise EdgewiseError(f"{found.why}; --best-effort writes that, and --effort 4 learns for longer")
+        where = "" if given.trials is None else f" (what was tried is in {given.trials})"
+        raise EdgewiseError(
+            f"{found.why}; --best-effort writes that at once{where}, and --effort 4 learns for longer"
+        )
     told = (f"nothing is pruned: {found.why}",) if found.model is None else (found.why,) if found.why else ()
     kept = {} if found.model is None else {PRUNED: found.model}
     if found.model is not None and not options.bounds_metric:  # then int8 may cost as much again, at most

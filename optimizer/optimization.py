@@ -95,7 +95,7 @@ def run_job(
     with (
         tempfile.TemporaryDirectory(prefix="edgewise-") as folder,
         kept_beside(output) as kept,
-        kept_beside(output, "trials") as trials,
+        kept_beside(output, "trials", after=BaseException) as trials,  # hours, not to be lost by a failure
         np.errstate(all="ignore"),  # what overflows is judged like all else
         threadpool_limits(recipe.threads, "blas"),
     ):

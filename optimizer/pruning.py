@@ -195,6 +195,8 @@ class Search:
         files = {budget: self._file(budget) for budget in budgets}
         known = {b: unpack(f.read_bytes()) for b, f in files.items() if f is not None and f.exists()}
         todo = [budget for budget in budgets if budget not in known]
+        if todo and self.task.folder is not None:
+            self.task.folder.mkdir(parents=True, exist_ok=True)
         trials = {**known, **dict(zip(todo, self._run(todo), strict=True))}
         for budget in todo:
             if (file := files[budget]) is not None:
@@ -383,9 +385,7 @@ def _folder(task: Task, recipe: Recipe, root: Path) -> Path:
     origin = Origin.of(task.model, (), task.parts.calibrate)
     options = task.options.model_dump(exclude=_OF_THE_SEARCH)
     said = f"{origin} {options} {task.seed} {_counted(recipe)} {recipe.quantize}"
-    folder = root / hashlib.sha256(said.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return root / hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _pricing(recipe: Recipe, feed: Feed, model: ir.Model, int8: QuickInt8 | None) -> Pricing:

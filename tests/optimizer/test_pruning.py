@@ -212,7 +212,6 @@ def test_two_processes_try_two_amounts(digits: Path, tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"max_macs": 0.001}, "cannot be reached"),
-        ({"min_metric": 1.5, "recover": "none", "trials": 1}, "no amount of pruning keeps agreement"),
         ({"max_macs": 0.5, "metric": "numpy:isfinite"}, "metric numpy:isfinite failed"),
         ({"max_macs": 0.5, "data": "two.npz"}, "too few"),
         ({"max_macs": 0.5, "data": "alike.npz"}, "cannot bound"),
@@ -237,11 +236,18 @@ def test_every_amount_is_written_where_that_is_wanted(digits: Path, tmp_path: Pa
     assert all(files.load(path).graph.outputs for path in folder.iterdir())
 
 
-def test_the_best_effort_is_written_with_a_word(digits: Path, tmp_path: Path) -> None:
-    options = {"min_metric": 1.5, "recover": "none", "trials": 1, "best_effort": True}
-    report = pruned(digits, tmp_path / "out.onnx", **options)
+def test_the_best_effort_is_written_at_once_with_a_word(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a search without success has tried is not tried again for it."""
+    options = {"min_metric": 1.5, "recover": "none", "trials": 1}
+    with pytest.raises(EdgewiseError, match=r"no amount of pruning keeps agreement.*out.onnx.trials.part"):
+        pruned(digits, tmp_path / "out.onnx", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.onnx.trials.part"]
+    monkeypatch.delattr(pruning, "try_out")
+    report = pruned(digits, tmp_path / "out.onnx", **options, best_effort=True)
     assert any("no amount of pruning keeps" in note for note in report.notes)
-    assert (tmp_path / "out.onnx").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
 
 
 @pytest.mark.parametrize(
