@@ -115,7 +115,7 @@ def together_rows(classifier: Classifier, net: Net, setting: Setting) -> list[Ro
     by = {"int8": True, "form": "qoperator", "short_names": True, "objective": "balanced", **most}
     pruned = ours(net, setting, "together", **by)
     if pruned.failure:
-        return [{"model": net.name, "file": _TOGETHER, "failure": pruned.failure}]
+        return [{"model": net.name, "file": _TOGETHER, "failure": pruned.failure, "reached": False}]
     int8 = int8_alone(net, setting, validation)
     alone = net.path if int8.failure else int8.path
     report = raced(
