@@ -95,7 +95,8 @@ Cost = Callable[[ir.Model], float]
 class Search:
     """What the search for the right amount stands on. Trials that are done are kept in the task's folder.
 
-    `int8` makes quick int8 forms, where int8 is wanted and pays.
+    `int8` makes quick int8 forms, where int8 is wanted and pays; `int8_cost` is what such a form costs the
+    whole model, where that breaks the bound.
     """
 
     task: Task
@@ -104,6 +105,7 @@ class Search:
     reference: Reference
     progress: Progress
     int8: QuickInt8 | None = None
+    int8_cost: float = 0.0
 
     @property
     def options(self) -> Prune:
@@ -224,8 +226,8 @@ class Search:
             macs=price(model, task.macs) / price(task.model, task.macs),
             parameters=int(price(model, ByParameters())),
             bytes=int(price(model, ByBytes())),
-            score=self.judge.score(model),
-            int8_score=self._int8_score(model),
+            score=(score := self.judge.score(model)),
+            int8_score=self._int8_score(model, score),
             keeps_bound=True,
         )
         keeps = not self.options.bounds_metric or found.worst >= self.judge.floor
@@ -249,10 +251,17 @@ class Search:
         """The model after the recipe's exact passes, held to its own outputs."""
         return _exact(model, self.recipe, self.reference)
 
-    def _int8_score(self, model: ir.Model) -> float | None:
-        """The score in int8 as it is quickly found; None where none is wanted."""
+    def _int8_score(self, model: ir.Model, in_float: float) -> float | None:
+        """The score in int8 as it is quickly found, None where none is wanted.
+
+        Where it is nothing to go by on the whole model, what it costs there is given back: so does the full
+        search, which leaves nodes in float.
+        """
         made = None if self.int8 is None else self.int8.nearest(model)
-        return None if made is None else self.judge.score(made)
+        if made is None:
+            return None
+        found = self.judge.score(made)
+        return max(found, min(found + self.int8_cost, in_float))
 
 
 def _quick_int8(
@@ -266,6 +275,13 @@ def _quick_int8(
         return form
     both = {"float": _exact(model, recipe, reference), "int8": form(model)}
     return form if _speedups(both, feed, recipe, _SECONDS).get("int8", 0.0) > 1 else None
+
+
+def _int8_cost(model: ir.Model, judge: Judge, int8: QuickInt8 | None) -> float:
+    """What the metric loses by quick int8 of the whole model, if more than the bound allows."""
+    made = None if int8 is None else int8.nearest(model)
+    score = judge.before if made is None else judge.score(made)
+    return judge.before - score if score < judge.floor else 0.0
 
 
 def _exact(model: ir.Model, recipe: Recipe, reference: Reference) -> ir.Model:
@@ -361,6 +377,7 @@ def find_pruned(
         task = dataclasses.replace(task, folder=_folder(task, recipe, folder))
     search = Search(task, judge, recipe, reference, progress, int8)
     if options.bounds_metric:
+        search = dataclasses.replace(search, int8_cost=_int8_cost(ready, judge, int8))
         tried = search.for_metric()
     elif options.ratio is not None:
         tried = search.tried([1 - options.ratio])

@@ -81,8 +81,9 @@ class Amount:
     """An amount of pruning that was tried: what is left, and how well it does.
 
     `budget` and `macs` are shares of the input's. `score` is that of the recovered model, `int8_score` that
-    of the int8 form that is quickly found, where int8 is wanted. `speedup` is over the input in float, of the
-    form that is wanted; None where it was not measured.
+    of the int8 form that is quickly found, where int8 is wanted; where such a form of the whole model breaks
+    the bound, without what it costs there. `speedup` is over the input in float, of the form that is wanted;
+    None where it was not measured.
     """
 
     budget: float

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 pytest.importorskip("torch", reason="pruning with distillation needs torch")
@@ -16,7 +17,8 @@ from edgewise.models.digits import load_digits, load_digits_net
 from edgewise.optimizer import files, prune, pruning
 from edgewise.optimizer.pipeline import no_progress
 from edgewise.optimizer.pruning import split_to_prune
-from edgewise.optimizer.recipe import Benchmark, Prune, Recipe
+from edgewise.optimizer.quick_int8 import QuickInt8
+from edgewise.optimizer.recipe import Benchmark, Prune, Quantize, Recipe
 from edgewise.optimizer.report import Amount, Report, best_amount
 from edgewise.optimizer.torch_export import export
 from edgewise.runtime.errors import EdgewiseError, InputError
@@ -43,6 +45,16 @@ def pruned(folder: Path, out: Path, *, data: str = "samples.npz", **options: obj
     rest = {"effort": EFFORT, **{k: v for k, v in options.items() if k not in chosen}}
     recipe = recipe.with_options(**chosen, prune=Prune(**rest).model_dump())
     return prune(folder / "net.onnx", out, data=str(folder / data), recipe=recipe)
+
+
+def with_signs_for_weights(model: ir.Model) -> ir.Model:
+    """A copy of which less is left than of one in int8."""
+    crude = model.clone()
+    for value in crude.graph.initializers.values():
+        array = value.const_value.numpy()
+        if array.dtype == np.float32 and array.ndim > 1:
+            value.const_value = ir.tensor(np.sign(array), name=value.name)
+    return crude
 
 
 def test_half_of_the_work_leaves_and_the_answers_stay(digits: Path, tmp_path: Path) -> None:
@@ -200,6 +212,20 @@ def test_int8_follows_under_the_same_bound(digits: Path, tmp_path: Path) -> None
     assert report.amounts[0].int8_score is not None
     assert report.chosen == "int8"
     assert report.output.bytes < 0.3 * report.input.bytes
+
+
+def test_int8_that_breaks_the_bound_on_the_whole_model_counts_by_what_is_lost_on_top(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QuickInt8, "nearest", lambda self, model: with_signs_for_weights(model))
+    quantize = Quantize(search=False, ladder=(), methods=("minmax",)).model_dump()
+    options = {"max_drop": 0.03, "trials": 1, "recover": "closed-form", "quantize": quantize}
+    (amount,) = pruned(digits, tmp_path / "out.onnx", **options).amounts
+    assert amount.int8_score is not None
+    assert amount.int8_score <= amount.score
+    monkeypatch.setattr(pruning, "_int8_cost", lambda *_: 0.0)
+    with pytest.raises(EdgewiseError, match="no amount of pruning"):
+        pruned(digits, tmp_path / "other.onnx", **options)
 
 
 @pytest.mark.slow  # several searches
