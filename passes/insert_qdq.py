@@ -18,6 +18,7 @@ from edgewise.passes.graph import (
     attribute,
     constant_of,
     drop_unused_initializer,
+    forget_names,
     opset,
     remove_if_unused,
     replace,
@@ -163,6 +164,7 @@ class _Writer:
                 pending.append((node, plan.form))
         for node, form in pending:
             self._write(node, form)
+        forget_names(self._graph)  # the editor has given names of its own
         return Outcome(len(pending), MappingProxyType(dict(refused)))
 
     def _write(self, node: ir.Node, form: str) -> None:

@@ -15,6 +15,7 @@ from edgewise.calibration.edits import with_weights
 from edgewise.calibration.moments import collect_moments
 from edgewise.calibration.rounding import round_weights
 from edgewise.calibration.target import TENSORRT, X86, X86_VNNI, Target
+from edgewise.passes.graph import unique_name
 from edgewise.passes.quant_plan import QuantPlan
 from edgewise.runtime.errors import InputError
 from edgewise.runtime.evaluate import Array, Evaluator, Feed
@@ -147,6 +148,21 @@ def test_the_model_is_not_touched() -> None:
     correct_biases(model, made, seen, threads=1, progress=heard.append)
     assert heard == [1, 2, 3]
     assert serialize(model) == before
+
+
+def test_an_output_that_is_quantized_and_a_name_that_was_asked_for_before() -> None:
+    """What the plan leaves of the output in float is not what the twin calls its own."""
+    text = CHAIN.replace("p = GlobalAveragePool (s) f = Flatten (p) m = MatMul (f, w3) y = Add (m, b3)", "")
+    constants = constants_of_chain()
+    model = build(
+        text.replace("[N, 16] y", "[N, 32, 6, 6] y").replace("s = Relu", "y = Relu"),
+        **{name: constants[name] for name in ("w1", "b1", "w2", "b2")},
+    )
+    unique_name(model.graph, "any")  # names are known from here on
+    samples = feeds(4, seed=1)
+    made = planned(model, X86_VNNI, samples)
+    assert "y" in {v.name for v in made.values}
+    assert {"b1", "b2"} <= correct_biases(model, made, samples, threads=1).keys()
 
 
 def test_no_samples_and_moments_of_another_model() -> None:
