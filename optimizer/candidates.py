@@ -35,6 +35,8 @@ from edgewise.runtime.latency import LatencyReport
 from edgewise.training.options import History
 
 EXACT, PRUNED, INT8, DYNAMIC, STORED = "exact", "pruned", "int8", "int8 dynamic", "int8 stored"
+UNPRUNED = "unpruned "
+"""What the names begin with of int8 forms that nothing was pruned from, where there are pruned ones too."""
 
 FORMATS: Mapping[str, Pass] = MappingProxyType(
     {
@@ -82,15 +84,14 @@ class Made:
     steps: tuple[StepReport, ...]
     feeds: tuple[Feed, ...]
     judge: Judge | None = None
-    table: CalibrationTable | None = None
     notes: tuple[str, ...] = ()
-    int8: Int8 | None = None
-    """How the search for int8 ended."""
+    searches: Mapping[str, Int8] = field(default_factory=dict)
+    """How each search for static int8 ended, by the name of the model that it was after."""
     pruned: Pruned | None = None
     """How the search for what can leave ended."""
     history: History | None = None
     """How a model learned, before the job or after pruning."""
-    stamp: Mapping[str, str] = field(default_factory=dict)
+    stamps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     paths: Mapping[str, Path] = field(default_factory=dict)
     """Where the models are saved."""
     latency: LatencyReport | None = None
@@ -99,6 +100,11 @@ class Made:
     def best(self) -> ir.Model:
         """The most ambitious of the models in float."""
         return self.models.get(PRUNED, self.models[EXACT])
+
+    def table(self, name: str) -> CalibrationTable | None:
+        """The table of the search that a model belongs to."""
+        search = self.searches.get(UNPRUNED + INT8 if name.startswith(UNPRUNED) else INT8)
+        return None if search is None else search.table
 
     def plus(self, name: str, made: tuple[ir.Model, StepReport]) -> Made:
         """With what one more step made of a model, if it kept its word."""
@@ -133,6 +139,8 @@ def _made(start: Start, recipe: Recipe, given: Given, progress: Progress) -> Mad
         return _converted(start, made, recipe, FORMATS[options.format], reference, progress)
     if start.samples is None and given.table is None and given.plan is None:
         return dataclasses.replace(made, notes=(_NO_SAMPLES, *made.notes))
+    if PRUNED in made.models and recipe.prune is not None and recipe.prune.bounds_metric:
+        made = _unpruned(start, made, recipe, given, reference, progress, parts)
     return _quantized(start, made, recipe, given, reference, progress, parts)
 
 
@@ -184,6 +192,29 @@ def _converted(
     return dataclasses.replace(made, judge=judge, notes=(*made.notes, *told))
 
 
+def _unpruned(
+    start: Start,
+    made: Made,
+    recipe: Recipe,
+    given: Given,
+    reference: Reference,
+    progress: Progress,
+    parts: Split | None,
+) -> Made:
+    """With int8 forms of all that the exact passes left: what pruning lost of the bound, int8 may need."""
+    alone = dataclasses.replace(made, models={EXACT: made.models[EXACT]}, steps=(), notes=())
+    given = dataclasses.replace(given, int8=False, kept=None)  # what is kept is of the pruned model
+    alone = _quantized(start, alone, recipe, given, reference, progress, parts)
+    less = {name: made.models[name] for name in (INPUT, EXACT)}
+    forms = {UNPRUNED + name: model for name, model in alone.models.items() if name != EXACT}
+    return dataclasses.replace(
+        made,
+        models={**less, **forms, **made.models},
+        steps=made.steps + tuple(dataclasses.replace(s, step=UNPRUNED + s.step) for s in alone.steps),
+        searches={UNPRUNED + name: search for name, search in alone.searches.items()},
+    )
+
+
 def _quantized(
     start: Start,
     made: Made,
@@ -207,9 +238,8 @@ def _quantized(
         models={**made.models, **({} if found.model is None else {INT8: found.model})},
         steps=made.steps + preparation + found.steps,
         judge=judge,
-        table=found.table,
         notes=(*made.notes, *told, *(() if judge is None else judge.notes), *found.notes),
-        int8=found,
+        searches={**made.searches, INT8: found},
     )
     if options.format == "qoperator" and found.model is not None:
         made = made.plus(INT8, run_step(found.model, ToQOperator(), reference, judge=judge))

@@ -17,7 +17,7 @@ from edgewise.calibration.partial import kept_beside
 from edgewise.calibration.table import CalibrationTable
 from edgewise.optimizer import files
 from edgewise.optimizer.bisection import culprit
-from edgewise.optimizer.candidates import EXACT, INT8, Given, Made, make_candidates
+from edgewise.optimizer.candidates import EXACT, Given, Made, make_candidates
 from edgewise.optimizer.choice import INPUT, choose
 from edgewise.optimizer.emit_ort import OrtFiles, emit_ort, files_beside
 from edgewise.optimizer.frechet import Frechet
@@ -161,15 +161,16 @@ def _make_none_slower(
 
 def _measured(start: Start, made: Made, recipe: Recipe, scratch: Path, progress: Progress) -> Made:
     """The models saved, all but the input with the stamp of their making, and measured."""
-    stamp = stamp_of(recipe, files.sha256(start.path), made.table)
+    digest = files.sha256(start.path)
+    stamps = {name: stamp_of(recipe, digest, made.table(name)) for name in made.models}
     paths = {
         name: start.file(scratch)
         if name == INPUT
-        else save_stamped(model, stamp, scratch / f"{name}.onnx", force=True)
+        else save_stamped(model, stamps[name], scratch / f"{name}.onnx", force=True)
         for name, model in made.models.items()
     }
     latency = measure_files(paths, made.feeds[0], recipe, progress)
-    return dataclasses.replace(made, stamp=stamp, paths=paths, latency=latency)
+    return dataclasses.replace(made, stamps=stamps, paths=paths, latency=latency)
 
 
 def _is_slower(latency: LatencyReport | None, name: str) -> bool:
@@ -196,7 +197,8 @@ def _choose_and_write(start: Start, made: Made, recipe: Recipe, output: Path, *,
     candidates = choose(sizes, made.latency, recipe.objective)
     chosen = next(c.name for c in candidates if c.chosen)
     score, found = (None, ()) if made.judge is None else made.judge.verdict(made.models[chosen])
-    ort = write_result(made.models[chosen], made.stamp, recipe, output, made.feeds, force=force)
+    search, stamp = made.searches.get(chosen), made.stamps[chosen]
+    ort = write_result(made.models[chosen], stamp, recipe, output, made.feeds, force=force)
     return Report(
         version=VERSION,
         input=facts_of(
@@ -209,12 +211,12 @@ def _choose_and_write(start: Start, made: Made, recipe: Recipe, output: Path, *,
         score=score,
         candidates=candidates,
         latency=made.latency,
-        table=made.stamp.get("edgewise.table"),
+        table=stamp.get("edgewise.table"),
         notes=made.notes,
         changes=start.adapted.changes,
         ort=ort,
-        sensitivity=made.int8.sensitivity if made.int8 is not None and chosen == INT8 else (),
-        floats=made.int8.floats if made.int8 is not None and chosen == INT8 else {},
+        sensitivity=() if search is None else search.sensitivity,
+        floats={} if search is None else search.floats,
         amounts=() if made.pruned is None else made.pruned.amounts,
         history=made.history,
     )
@@ -230,8 +232,8 @@ def _explained(
 ) -> Report:
     """The report with what takes time to find out and only a page shows: images, noise by layer, profiles."""
     result = dataclasses.replace(result, images=_drawn(made, result.chosen, recipe, progress))
-    found = made.int8
-    if result.chosen == INT8 and found is not None and found.model is not None:
+    found = made.searches.get(result.chosen)
+    if found is not None and found.model is not None:
         # Under the names of the plan, which the file may have lost. That of exact passes is rounding.
         progress("noise of every layer", 0, 0)
         noise = layer_noise(found.in_float, found.model, made.feeds, threads=recipe.threads)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from answers import measured
 
 pytest.importorskip("torch", reason="pruning with distillation needs torch")
 
 from edgewise.calibration.data import from_arrays
 from edgewise.models.digits import load_digits, load_digits_net
-from edgewise.optimizer import files, prune, pruning
+from edgewise.optimizer import files, optimization, prune, pruning
 from edgewise.optimizer.pipeline import no_progress
 from edgewise.optimizer.pruning import split_to_prune
 from edgewise.optimizer.quick_int8 import QuickInt8
@@ -23,6 +25,7 @@ from edgewise.optimizer.report import Amount, Report, best_amount
 from edgewise.optimizer.torch_export import export
 from edgewise.runtime.errors import EdgewiseError, InputError
 from edgewise.runtime.evaluate import TensorSpec
+from edgewise.runtime.latency import LatencyReport
 
 EFFORT = 0.004
 """Of the default: some epochs of a small net."""
@@ -212,6 +215,46 @@ def test_int8_follows_under_the_same_bound(digits: Path, tmp_path: Path) -> None
     assert report.amounts[0].int8_score is not None
     assert report.chosen == "int8"
     assert report.output.bytes < 0.3 * report.input.bytes
+
+
+@pytest.mark.parametrize("fastest", ["int8", "unpruned int8"])
+def test_int8_of_the_whole_model_is_written_where_it_is_better(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fastest: str
+) -> None:
+    tables = {}
+
+    def clock(paths: Mapping[str, Path], *_: object) -> LatencyReport:
+        assert list(paths) == ["input", "exact", "unpruned int8", "pruned", "int8"]
+        tables.update({n: files.load(p).metadata_props.get("edgewise.table") for n, p in paths.items()})
+        return measured({n: (2.0, 1.9, 2.1) if n == fastest else (1.2, 1.1, 1.3) for n in paths})
+
+    monkeypatch.setattr(optimization, "measure_files", clock)
+    quantize = Quantize(search=False, ladder=(), methods=("minmax",)).model_dump()
+    report = pruned(
+        digits, tmp_path / "out.onnx", max_drop=0.03, trials=4, recover="closed-form", quantize=quantize
+    )
+    name = fastest.replace("int8", "int8 by minmax ranges")
+    sizes = {candidate.name: candidate.bytes for candidate in report.candidates}
+    assert report.chosen == fastest
+    assert sizes["int8"] < sizes["unpruned int8"] < 0.4 * sizes["exact"]
+    assert report.output.bytes == sizes[fastest]
+    assert next(step.status for step in report.steps if step.step == name) == "applied"
+    assert tables["int8"] != tables["unpruned int8"]
+    assert files.load(tmp_path / "out.onnx").metadata_props["edgewise.table"] == tables[fastest]
+    assert report.table == tables[fastest]
+
+
+def test_int8_of_the_whole_model_does_not_keep_a_bound_on_what_is_left(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clock(paths: Mapping[str, Path], *_: object) -> LatencyReport:
+        assert list(paths) == ["input", "exact", "pruned", "int8"]
+        return measured({name: (1.2, 1.1, 1.3) for name in paths if name != "input"})
+
+    monkeypatch.setattr(optimization, "measure_files", clock)
+    quantize = Quantize(search=False, ladder=(), methods=("minmax",)).model_dump()
+    report = pruned(digits, tmp_path / "out.onnx", max_macs=0.5, recover="closed-form", quantize=quantize)
+    assert report.chosen == "int8"
 
 
 def test_int8_that_breaks_the_bound_on_the_whole_model_counts_by_what_is_lost_on_top(
