@@ -139,7 +139,7 @@ def _made(start: Start, recipe: Recipe, given: Given, progress: Progress) -> Mad
         return _converted(start, made, recipe, FORMATS[options.format], reference, progress)
     if start.samples is None and given.table is None and given.plan is None:
         return dataclasses.replace(made, notes=(_NO_SAMPLES, *made.notes))
-    if PRUNED in made.models and recipe.prune is not None and recipe.prune.bounds_metric:
+    if PRUNED in made.models and given.plan is None and (recipe.prune or Prune()).bounds_metric:
         made = _unpruned(start, made, recipe, given, reference, progress, parts)
     return _quantized(start, made, recipe, given, reference, progress, parts)
 
